@@ -17,15 +17,12 @@ import torch
 import torch.distributed as dist
 
 from megatron_tf.benchmark.report import Row
-from megatron_tf.config.run_plan import plan_batches, topology_for
 from megatron_tf.config.schema import RunConfig
 from megatron_tf.costs.estimate import memory_per_rank
-from megatron_tf.engine.choice import build_engine, join
-from megatron_tf.parallel.groups import make_group
+from megatron_tf.engine.choice import initial_engine, join
 from megatron_tf.runtime.environment import LaunchEnvironment
 from megatron_tf.runtime.joining import leave
 from megatron_tf.runtime.local_ranks import start_ranks
-from megatron_tf.state.sources import InitialSource
 from megatron_tf.tasks.layers import example_batches
 from megatron_tf.telemetry.memory import peak_resident_bytes, resident_bytes
 
@@ -63,11 +60,8 @@ def _rank(rank: int, folder: str, config: RunConfig) -> None:
     environment = LaunchEnvironment("torchrun", rank, size, rank, size, "localhost", 0)
     join([config], environment, TIMEOUT_SECONDS, store_file=f"{folder}/store")
     try:
-        topology, plan = topology_for(config, size), plan_batches(config, size)
-        tensor = make_group(topology, "tensor", TIMEOUT_SECONDS)
-        source = InitialSource(config.model, config.run.seed)
-        engine = build_engine(config, config.model, plan, topology, tensor, source)
-        batches = list(example_batches(config, plan, 0, 0, 1))
+        engine = initial_engine(config, size, TIMEOUT_SECONDS)
+        batches = list(example_batches(config, engine.plan, 0, 0, 1))
         dist.barrier()
         before, begin = resident_bytes(), time.process_time()
         result = engine.train_step(0, iter(batches))

@@ -21,12 +21,10 @@ from megatron_tf.benchmark.report import Row
 from megatron_tf.config.run_plan import plan_batches, topology_for
 from megatron_tf.config.schema import RunConfig
 from megatron_tf.engine.base import Engine
-from megatron_tf.engine.choice import build_engine, join
-from megatron_tf.parallel.groups import make_group
+from megatron_tf.engine.choice import initial_engine, join
 from megatron_tf.runtime.environment import LaunchEnvironment
 from megatron_tf.runtime.joining import leave
 from megatron_tf.runtime.local_ranks import start_ranks
-from megatron_tf.state.sources import InitialSource
 from megatron_tf.tasks.layers import example_batches
 
 RANKS = 2
@@ -54,17 +52,12 @@ def _rank(rank: int, folder: str, configs: Mapping[str, RunConfig], rounds: int)
     environment = LaunchEnvironment("torchrun", rank, RANKS, rank, RANKS, "localhost", 0)
     join(configs.values(), environment, TIMEOUT_SECONDS, store_file=f"{folder}/store")
     try:
-        spent = _in_turn({name: _build(config) for name, config in configs.items()}, configs, rank, rounds)
+        engines = {name: initial_engine(config, RANKS, TIMEOUT_SECONDS) for name, config in configs.items()}
+        spent = _in_turn(engines, configs, rank, rounds)
         (Path(folder) / f"{rank}.json").write_text(json.dumps(spent), encoding="utf-8")
         dist.barrier()
     finally:
         leave()
-
-
-def _build(config: RunConfig) -> Engine:
-    topology = topology_for(config, RANKS)
-    source, tensor = InitialSource(config.model, config.run.seed), make_group(topology, "tensor", TIMEOUT_SECONDS)
-    return build_engine(config, config.model, plan_batches(config, RANKS), topology, tensor, source)
 
 
 def _in_turn(

@@ -6,15 +6,15 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 
 import torch
 
-from megatron_tf.config.run_plan import BatchPlan
+from megatron_tf.config.run_plan import BatchPlan, plan_batches, topology_for
 from megatron_tf.config.schema import RunConfig
 from megatron_tf.config.sections.model import Model
 from megatron_tf.config.topology import Topology
 from megatron_tf.engine.base import Engine
-from megatron_tf.parallel.groups import Group
+from megatron_tf.parallel.groups import Group, make_group
 from megatron_tf.runtime.environment import LaunchEnvironment
 from megatron_tf.runtime.joining import NO_FACTS, join_ranks
-from megatron_tf.state.sources import StateSource
+from megatron_tf.state.sources import StateSource, initial_source
 
 
 def join(
@@ -30,6 +30,13 @@ def join(
 
         return joining.join(environment, timeout_seconds, store_file, facts)
     return join_ranks(environment, timeout_seconds, store_file, facts)
+
+
+def initial_engine(config: RunConfig, world_size: int, timeout_seconds: float) -> Engine:
+    """The engine of a new run on `world_size` ranks, at its initial weights. All ranks call it together."""
+    topology, plan = topology_for(config, world_size), plan_batches(config, world_size)
+    tensor = make_group(topology, "tensor", timeout_seconds)
+    return build_engine(config, config.model, plan, topology, tensor, initial_source(config))
 
 
 def build_engine(

@@ -43,6 +43,11 @@ class Assignment(NamedTuple):
     places: Tensor
     ends: Tensor
 
+    def spans(self) -> list[tuple[int, int]]:
+        """The pairs [first, last) of each candidate, of all slots one after another. Waits for the device."""
+        ends = self.ends.view(-1).tolist()
+        return list(zip((0, *ends), ends))
+
     @property
     def num_pairs(self) -> int:
         return self.rows.numel()
@@ -138,47 +143,48 @@ def pieces(assignment: Assignment, tokens: Tensor) -> Iterator[CandidatePiece | 
     if not native_grouped.usable(tokens):
         yield from candidate_pieces(assignment)
         return
-    ends, (size, width) = assignment.ends.view(-1).tolist(), tokens.shape[2:]
+    spans, (size, width) = assignment.spans(), tokens.shape[2:]
     least = native_grouped.least_rows(size, width)
-    for first, last in _runs(ends, least, max(1, SCORES_AT_ONCE // size)):
-        begin, end = ends[first - 1] if first else 0, ends[last - 1]
+    for candidates in _runs(spans, least, max(1, SCORES_AT_ONCE // size)):
+        begin, end = spans[candidates.start][0], spans[candidates.stop - 1][1]
         if end - begin < least:
-            yield from _of_candidates(assignment, ends, range(first, last))
+            yield from _of_candidates(assignment, spans, candidates)
         else:
-            rows = native_grouped.Rows(assignment.rows[begin:end], assignment.ends.view(-1)[first:last], begin)
-            yield NativePiece(rows, slice(begin, end), slice(first, last))
+            rows = native_grouped.Rows(assignment.rows[begin:end], assignment.ends.view(-1)[candidates], begin)
+            yield NativePiece(rows, slice(begin, end), candidates)
 
 
 def candidate_pieces(assignment: Assignment) -> Iterator[CandidatePiece]:
     """A piece for each candidate that has rows."""
-    ends = assignment.ends.view(-1).tolist()
-    yield from _of_candidates(assignment, ends, range(len(ends)))
+    spans = assignment.spans()
+    yield from _of_candidates(assignment, spans, slice(0, len(spans)))
 
 
-def _of_candidates(assignment: Assignment, ends: Sequence[int], candidates: range) -> Iterator[CandidatePiece]:
-    for candidate in candidates:
-        first, last = ends[candidate - 1] if candidate else 0, ends[candidate]
+def _of_candidates(
+    assignment: Assignment, spans: Sequence[tuple[int, int]], candidates: slice
+) -> Iterator[CandidatePiece]:
+    for candidate, (first, last) in enumerate(spans[candidates], candidates.start):
         if last > first:
             place = divmod(candidate, assignment.ends.shape[1])
             yield CandidatePiece(assignment.rows[first:last], slice(first, last), *place)
 
 
-def _runs(ends: Sequence[int], least: int, most: int) -> Iterator[tuple[int, int]]:
-    """Consecutive candidates [first, last) with at most `most` pairs, unless one has more.
+def _runs(spans: Sequence[tuple[int, int]], least: int, most: int) -> Iterator[slice]:
+    """Consecutive candidates with at most `most` pairs, unless one has more.
 
     A candidate that has pairs, but fewer than `least`, is alone.
     """
-    first, begin = 0, 0
-    for candidate, (before, end) in enumerate(zip((0, *ends), ends)):
-        few = 0 < end - before < least
-        if candidate > first and (few or end - begin > most):
-            yield first, candidate
-            first, begin = candidate, before
+    start = 0
+    for candidate, (first, last) in enumerate(spans):
+        few = 0 < last - first < least
+        if candidate > start and (few or last - spans[start][0] > most):
+            yield slice(start, candidate)
+            start = candidate
         if few:
-            yield candidate, candidate + 1
-            first, begin = candidate + 1, end
-    if first < len(ends):
-        yield first, len(ends)
+            yield slice(candidate, candidate + 1)
+            start = candidate + 1
+    if start < len(spans):
+        yield slice(start, len(spans))
 
 
 def has_grouped_products(device_type: str, dtype: torch.dtype) -> bool:
@@ -189,8 +195,8 @@ def has_grouped_products(device_type: str, dtype: torch.dtype) -> bool:
 def empty_gradients(tokens: Tensor, assignment: Assignment) -> Tensor:
     """Memory for the gradients of tokens [slots, m, g, width], 0 for candidates that no row chose."""
     out = torch.empty_like(tokens)
-    of_candidates, ends = out.flatten(0, 1), assignment.ends.view(-1).tolist()
-    for candidate, (before, end) in enumerate(zip((0, *ends), ends)):
-        if before == end:
+    of_candidates = out.flatten(0, 1)
+    for candidate, (first, last) in enumerate(assignment.spans()):
+        if first == last:
             of_candidates[candidate].zero_()
     return out

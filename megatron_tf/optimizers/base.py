@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar, Protocol
+from typing import TYPE_CHECKING, Any, ClassVar
 
 if TYPE_CHECKING:
     import torch
@@ -89,21 +89,6 @@ class UpdateRule(ABC):
         """
 
 
-class AddProducts(Protocol):
-    def __call__(
-        self,
-        total: Tensor,
-        left: Tensor,
-        right: Tensor,
-        *,
-        alpha: float = 1.0,
-        beta: float = 1.0,
-        symmetric: bool = False,
-    ) -> Tensor:
-        """See `model.products.add_products`."""
-        ...
-
-
 class MatrixRule(ABC):
     """The additional interface of an optimizer that updates whole matrices of blocks: W ← W − lr (size · D·P + λW).
 
@@ -123,8 +108,11 @@ class MatrixRule(ABC):
         """DᵀD -> P, both fp64 [d, d], for any number of matrices at once."""
 
     @abstractmethod
-    def update_whole(self, matrices: Tensor, add_products: AddProducts) -> Tensor:
-        """D [m, n, d] -> D·P [m, n, d] for each of m matrices, in fp32, or in the type of D if that is fp64."""
+    def update_whole(self, matrices: Tensor, add_products: Callable[..., Tensor]) -> Tensor:
+        """D [m, n, d] -> D·P [m, n, d] for each of m matrices, in fp32, or in the type of D if that is fp64.
+
+        `add_products`: that of `model.products`, for products of stacks.
+        """
 
     @abstractmethod
     def size(self, shape: Sequence[int]) -> float:

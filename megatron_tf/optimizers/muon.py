@@ -23,13 +23,13 @@ together. As one matrix a bank has the singular vectors of all its candidates mi
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from megatron_tf.config.fields import Beta
 from megatron_tf.config.sections.optimizer import Optimizer
 from megatron_tf.optimizers.adamw import AdamW, AdamWOptimizer
-from megatron_tf.optimizers.base import AddProducts, MatrixRule, UpdateBatch
+from megatron_tf.optimizers.base import MatrixRule, UpdateBatch
 
 if TYPE_CHECKING:
     import torch
@@ -88,7 +88,7 @@ class Muon(AdamW, MatrixRule):
             product = product @ step
         return product
 
-    def update_whole(self, matrices: Tensor, add_products: AddProducts) -> Tensor:
+    def update_whole(self, matrices: Tensor, add_products: Callable[..., Tensor]) -> Tensor:
         import torch
 
         a, b, c = COEFFICIENTS

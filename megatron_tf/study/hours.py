@@ -13,9 +13,15 @@ from megatron_tf.study.plan import Node, Plan
 from megatron_tf.study.result import has_ended, read_result
 
 # Of the training section.
-OF_SPEED = (
-    "micro_batch_size", "global_batch_size", "precision", "activation_checkpointing", "compile", "norm", "scores",
-)  # fmt: skip
+OF_SPEED = {
+    "micro_batch_size",
+    "global_batch_size",
+    "precision",
+    "activation_checkpointing",
+    "compile",
+    "norm",
+    "scores",
+}
 Seconds = Callable[[Node], "float | None"]
 
 
@@ -41,7 +47,7 @@ class Speeds:
 def speed_key(node: Node) -> str:
     """What decides the speed of a run: its model, its layout, its optimizer, and how it trains."""
     config = node.config
-    how = config.training.model_dump(mode="json", include=set(OF_SPEED))
+    how = config.training.model_dump(mode="json", include=OF_SPEED)
     parts = config.model.model_dump(mode="json"), config.parallel.model_dump(mode="json"), config.optimizer.type, how
     return json.dumps(parts, sort_keys=True)
 

@@ -8,15 +8,12 @@ from collections.abc import Sequence
 
 import torch
 
-from megatron_tf.config.run_plan import plan_batches, topology_for
 from megatron_tf.config.schema import RunConfig
 from megatron_tf.config.sections.parallel import Parallel
-from megatron_tf.engine.choice import build_engine
+from megatron_tf.engine.choice import initial_engine
 from megatron_tf.errors import UserError
-from megatron_tf.parallel.groups import SINGLE
 from megatron_tf.runtime.environment import LaunchEnvironment
 from megatron_tf.runtime.joining import join_ranks, leave
-from megatron_tf.state.sources import InitialSource
 from megatron_tf.study.hours import Speeds, speed_key
 from megatron_tf.study.plan import Node
 from megatron_tf.tasks.layers import example_batches
@@ -72,10 +69,9 @@ def _step_seconds(config: RunConfig, steps: int) -> float:
     if training.compile:
         # Otherwise the compiler would treat the next model's sizes as dynamic, unlike in a training run.
         torch.compiler.reset()
-    plan, source = plan_batches(alone, 1), InitialSource(config.model, config.run.seed)
-    engine = build_engine(alone, config.model, plan, topology_for(alone, 1), SINGLE, source)
+    engine = initial_engine(alone, 1, alone.parallel.timeout_seconds)
     try:
-        batches = list(example_batches(alone, plan, 0, 0, 1))
+        batches = list(example_batches(alone, engine.plan, 0, 0, 1))
         # The first step compiles what the configuration wants compiled. In fp16 more find the scale of the loss.
         while engine.train_step(0, iter(batches)).seeks_scale:
             pass
