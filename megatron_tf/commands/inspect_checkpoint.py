@@ -14,6 +14,7 @@ import json
 import math
 import sys
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -175,10 +176,48 @@ def print_differences(other: Path, differences: Sequence[StateDifference]) -> No
         print(f"\nno difference to {other}: every tensor and state is equal to the last bit")
         return
     rows = [("name", "state", "shapes", "unequal of compared", "largest difference")]
-    for d in differences:
+    for d in over_blocks(differences):
         shapes = " / ".join("missing" if shape is None else str(list(shape)) for shape in d.shapes)
         rows.append((d.name, d.state, shapes, f"{d.unequal:,} of {d.compared:,}", f"{d.largest:.3g}"))
     print_table(rows, title=f"differences to {other}")
+
+
+def over_blocks(differences: Sequence[StateDifference]) -> list[StateDifference]:
+    """One difference for the blocks that have one of equal shapes: `blocks.0-11.ffn.key_tokens`.
+
+    Numbers of elements are summed; the largest difference is that of all blocks, NaN before others.
+    """
+    from megatron_tf.state.parameters import in_layer, layer_of
+
+    found: dict[tuple[object, ...], list[StateDifference]] = {}
+    for d in differences:
+        alike = d.name if layer_of(d.name) is None else in_layer(d.name, 0)
+        found.setdefault((alike, d.state, d.shapes), []).append(d)
+    summed = []
+    for alike in found.values():
+        first, blocks = alike[0], [layer_of(d.name) for d in alike]
+        if len(blocks) > 1:
+            _, _, inside = first.name.split(".", 2)
+            first = replace(
+                first,
+                name=f"blocks.{spans(sorted(b for b in blocks if b is not None))}.{inside}",
+                compared=sum(d.compared for d in alike),
+                unequal=sum(d.unequal for d in alike),
+                largest=max((d.largest for d in alike), key=lambda value: (math.isnan(value), value)),
+            )
+        summed.append(first)
+    return summed
+
+
+def spans(numbers: Sequence[int]) -> str:
+    """Ascending whole numbers in words: `0-3,6`."""
+    ends: list[list[int]] = []
+    for number in numbers:
+        if ends and number == ends[-1][1] + 1:
+            ends[-1][1] = number
+        else:
+            ends.append([number, number])
+    return ",".join(f"{first}-{last}" if last > first else str(first) for first, last in ends)
 
 
 def print_table(rows: Iterable[Sequence[str]], title: str) -> None:

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import math
 import subprocess
 import sys
 from pathlib import Path
@@ -9,8 +10,10 @@ import pytest
 import torch
 from tooling import tool
 
+from megatron_tf.checkpoint.compare import StateDifference
 from megatron_tf.checkpoint.format import CheckpointIndex, expected_tensors, shard_name
 from megatron_tf.checkpoint.writer import Piece, save_checkpoint
+from megatron_tf.commands.inspect_checkpoint import over_blocks
 from megatron_tf.config.sections.model import Model
 from megatron_tf.state.optimizer_states import STATES
 from megatron_tf.state.parameters import initial_scales, parameter_table
@@ -182,3 +185,18 @@ def test_it_needs_neither_deepspeed_nor_the_model(run_folder):
     )
     done = subprocess.run([sys.executable, "-c", script, str(run_folder)], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+
+
+def test_differences_that_blocks_have_in_common_are_one_row():
+    def keys(block, unequal, largest, rows=4):
+        return StateDifference(f"blocks.{block}.ffn.key_tokens", "weights", ((4, 8), (rows, 8)), 32, unequal, largest)
+
+    norm = StateDifference("final_norm", "weights", ((8,), (8,)), 8, 1, 0.5)
+    found = over_blocks([keys(0, 1, 2.0), keys(1, 3, 4.0), norm, keys(3, 1, 1.0), keys(4, 1, math.nan, 5)])
+    assert [(d.name, d.compared, d.unequal, d.largest) for d in found[:2]] == [
+        ("blocks.0-1,3.ffn.key_tokens", 96, 5, 4.0),
+        ("final_norm", 8, 1, 0.5),
+    ]
+    # Other shapes are another row, and a NaN is not hidden by numbers.
+    assert found[2].name == "blocks.4.ffn.key_tokens"
+    assert math.isnan(over_blocks([keys(0, 1, 2.0), keys(1, 1, math.nan), keys(2, 1, 3.0)])[0].largest)
