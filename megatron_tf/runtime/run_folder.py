@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from megatron_tf.durable import take_lock, write_atomically
+from megatron_tf.durable import check_writable, take_lock, write_atomically
 from megatron_tf.errors import ConfigError, write_errors
 
 LOCK_NAME = "run.lock"
@@ -42,6 +42,7 @@ class RunFolder:
         `has_begun`: whether a run has saved there, asked of a new folder only.
         """
         if not self._is_locked:
+            check_writable(ConfigError, self.path, "Choose another folder.", "run.dir")
             with self.writing():
                 self.path.mkdir(parents=True, exist_ok=True)
             self._lock()
