@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Protocol
 
 import torch
+from torch import Tensor
 
 from megatron_tf.checkpoint.format import CheckpointIndex
 from megatron_tf.checkpoint.reader import CheckpointReader
@@ -36,31 +38,70 @@ class StateDifference:
         return self.shapes[0] == self.shapes[1] and self.unequal == 0
 
 
-def compare(first: CheckpointReader, second: CheckpointReader) -> Iterator[StateDifference]:
+class Stretches(Protocol):
+    """Where the elements of a tensor of copies are in the tensor that they are copied from."""
+
+    def stretches(self, start: int, stop: int) -> Iterator[tuple[int, int, int]]:
+        """(start, stop, start there) for each part of elements [start, stop) that is one range there."""
+        ...
+
+
+@dataclass(frozen=True)
+class Split:
+    """`copies`: (original, where its elements are) of each tensor of copies, by name.
+
+    `in_second`: whether the second checkpoint holds the copies, and not the first.
+    """
+
+    copies: Mapping[str, tuple[str, Stretches]] = field(default_factory=dict)
+    in_second: bool = True
+
+
+def compare(first: CheckpointReader, second: CheckpointReader, split: Split = Split()) -> Iterator[StateDifference]:
     """One `StateDifference` for each tensor and state that either checkpoint has, equal ones included.
 
-    When one is grown from the other in depth, its old layers are compared with the layers that they were. A difference
-    has the name in the second checkpoint, if it has the tensor.
+    When one is grown from the other in depth, its old layers are compared with the layers that they were; when one is
+    `split` from the other, each copy with its original. A difference has the name of the copies, or else the name
+    in the second checkpoint, if it has the tensor.
     """
-    for names in _pairs(first.index, second.index):
-        name = names[1] or names[0]
+    for names in _pairs(first.index, second.index, split):
+        with_copies = names[split.in_second]
+        _, where = split.copies.get(with_copies, ("", None))
+        name = with_copies if where is not None else names[1] or names[0]
         for state in {**_states(first, names[0]), **_states(second, names[1])}:
             shapes = (_shape(first, names[0], state), _shape(second, names[1], state))
             if shapes[0] is None or shapes[1] is None or shapes[0][1:] != shapes[1][1:]:
                 yield StateDifference(name, state, shapes, 0, 0, 0.0)
                 continue
-            numel = min(math.prod(shapes[0]), math.prod(shapes[1]))
-            yield StateDifference(name, state, shapes, numel, *_compare_range(first, second, names, state, numel))
+            sizes = [math.prod(shape) for shape in shapes if shape is not None]
+            numel = min(sizes) if where is None else sizes[split.in_second]
+            reads = [_reading(reader, name, state) for reader, name in zip((first, second), names)]
+            if where is not None:
+                old = int(not split.in_second)
+                reads[old] = _originals(reads[old], where)
+            yield StateDifference(name, state, shapes, numel, *_compare_range(reads[0], reads[1], numel))
 
 
-def _compare_range(
-    first: CheckpointReader, second: CheckpointReader, names: tuple[str, str], state: str, numel: int
-) -> tuple[int, float]:
+_Read = Callable[[int, int], Tensor]
+
+
+def _reading(reader: CheckpointReader, name: str, state: str) -> _Read:
+    return lambda start, stop: reader.read(name, state, start, stop)
+
+
+def _originals(read: _Read, where: Stretches) -> _Read:
+    """Reads, for elements of the copies, the elements that they are copies of."""
+    return lambda start, stop: torch.cat(
+        [read(first, first + high - low) for low, high, first in where.stretches(start, stop)]
+    )
+
+
+def _compare_range(first: _Read, second: _Read, numel: int) -> tuple[int, float]:
     """(unequal elements, largest absolute difference) of the leading `numel` elements."""
     unequal, largest = 0, 0.0
     for start in range(0, numel, _CHUNK_ELEMENTS):
         stop = min(start + _CHUNK_ELEMENTS, numel)
-        one, other = first.read(names[0], state, start, stop), second.read(names[1], state, start, stop)
+        one, other = first(start, stop), second(start, stop)
         differs = one.view(torch.int32) != other.view(torch.int32)
         if count := int(differs.sum()):
             unequal += count
@@ -69,15 +110,23 @@ def _compare_range(
     return unequal, largest
 
 
-def _pairs(first: CheckpointIndex, second: CheckpointIndex) -> Iterator[tuple[str, str]]:
-    """(Name in the first, name in the second) of each tensor, also if a growth has moved it; "" where it is missing."""
+def _pairs(first: CheckpointIndex, second: CheckpointIndex, split: Split) -> Iterator[tuple[str, str]]:
+    """(Name in the first, name in the second) of each tensor, also if a growth has moved or copied it; "" where it is
+    missing."""
     moved = _moved(first, second)
     back = {old: new for new, old in _moved(second, first).items()}
     counterparts = {name: moved.get(name, back.get(name, "" if back else name)) for name in first.tensors}
-    for name, other in counterparts.items():
-        yield name, other if other in second.tensors else ""
     found = set(counterparts.values())
-    yield from (("", name) for name in second.tensors if name not in found)
+    pairs = [(name, other if other in second.tensors else "") for name, other in counterparts.items()]
+    pairs += [("", name) for name in second.tensors if name not in found]
+    originals = {original for original, _ in split.copies.values()}
+    for pair in pairs:
+        here, there = pair[split.in_second], pair[not split.in_second]
+        if here in split.copies:
+            original, _ = split.copies[here]
+            yield (original, here) if split.in_second else (here, original)
+        elif here or there not in originals:
+            yield pair
 
 
 def _moved(smaller: CheckpointIndex, grown: CheckpointIndex) -> dict[str, str]:

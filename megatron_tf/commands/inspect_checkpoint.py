@@ -23,7 +23,7 @@ from megatron_tf.errors import CheckpointError, printable
 from megatron_tf.telemetry.text import bullets, count_of, table
 
 if TYPE_CHECKING:
-    from megatron_tf.checkpoint.compare import StateDifference
+    from megatron_tf.checkpoint.compare import Split, StateDifference
     from megatron_tf.checkpoint.reader import CheckpointReader
 
 
@@ -69,7 +69,7 @@ def main() -> None:
         passed_over += more
         if arguments.verify:
             other.verify()
-        differences = [d for d in compare(reader, other) if not d.equal]
+        differences = [d for d in compare(reader, other, split_between(reader, other)) if not d.equal]
         summary["differences"] = [as_json(d) for d in differences]
     if arguments.json:
         print(json.dumps(summary, indent=2))
@@ -141,6 +141,19 @@ def print_adapter(summary: dict[str, Any]) -> None:
     print_table([("module", "widths", "keys, rms", "values, rms"), *branches], title="branches")
 
 
+def split_between(first: CheckpointReader, second: CheckpointReader) -> Split:
+    """Which of the two is split from the other, and what is a copy of what in it."""
+    from megatron_tf.checkpoint.architecture import stored_model
+    from megatron_tf.checkpoint.compare import Split
+    from megatron_tf.growth.split import copies
+
+    if first.index.model.get("sparse") == second.index.model.get("sparse"):
+        return Split()
+    models = [stored_model(reader.index) for reader in (first, second)]
+    forward = copies(*models)
+    return Split(forward or copies(*models[::-1]), in_second=bool(forward))
+
+
 def as_json(difference: StateDifference) -> dict[str, Any]:
     """The difference as JSON values. NaN and infinity, which JSON does not have, become text."""
     largest = difference.largest
@@ -191,16 +204,17 @@ def over_blocks(differences: Sequence[StateDifference]) -> list[StateDifference]
 
     found: dict[tuple[object, ...], list[StateDifference]] = {}
     for d in differences:
-        alike = d.name if layer_of(d.name) is None else in_layer(d.name, 0)
-        found.setdefault((alike, d.state, d.shapes), []).append(d)
+        key = d.name if layer_of(d.name) is None else in_layer(d.name, 0)
+        found.setdefault((key, d.state, d.shapes), []).append(d)
     summed = []
     for alike in found.values():
-        first, blocks = alike[0], [layer_of(d.name) for d in alike]
-        if len(blocks) > 1:
+        first = alike[0]
+        if len(alike) > 1:
+            blocks = sorted(layer for d in alike if (layer := layer_of(d.name)) is not None)
             _, _, inside = first.name.split(".", 2)
             first = replace(
                 first,
-                name=f"blocks.{spans(sorted(b for b in blocks if b is not None))}.{inside}",
+                name=f"blocks.{spans(blocks)}.{inside}",
                 compared=sum(d.compared for d in alike),
                 unequal=sum(d.unequal for d in alike),
                 largest=max((d.largest for d in alike), key=lambda value: (math.isnan(value), value)),

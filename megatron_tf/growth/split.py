@@ -41,7 +41,8 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from megatron_tf.architectures.tokenformer.section import TokenFormerModel, as_tokenformer, bank_of
+from megatron_tf.architectures.tokenformer.section import TokenFormerModel, as_tokenformer, bank_of, banks_of
+from megatron_tf.config.differences import TOKENS, differing
 from megatron_tf.config.sections.growth import Growth
 from megatron_tf.config.sections.model import Model
 from megatron_tf.growth.methods import Elements
@@ -142,6 +143,23 @@ class SplitSource(DerivedSource):
         """Copies w of the old `tensor` as w · (1 + noise · N(0, 1)), flat fp64. Each copy has its own noise."""
         old = copies.originals(partial(self._source.read, tensor, WEIGHT), start, stop)
         return old * (1 + self._growth.noise * noise(self._table[name], self._seed, start, stop))
+
+
+def copies(old: Model, new: Model) -> dict[str, tuple[str, Copies]]:
+    """(Name of the old tensor, `Copies`) of each tensor of `new` that a split of `old` would copy, by name.
+
+    Empty when `new` is no split of `old`, whatever else became of it.
+    """
+    if not (isinstance(old, TokenFormerModel) and isinstance(new, TokenFormerModel)):
+        return {}
+    if any(key.startswith(TOKENS) or key in ("num_layers", "hidden_size") for key, *_ in differing(old, new)):
+        return {}
+    before, after = banks_of(old), banks_of(new)
+    for kind, bank in before.items():
+        alike = kind in after and (after[kind].group_size, after[kind].dense) == (bank.group_size, bank.dense)
+        if not alike or after[kind].candidates % bank.candidates:
+            return {}
+    return {} if before == after else dict(_copies(old, new))
 
 
 def _copies(old: TokenFormerModel, new: TokenFormerModel) -> Iterator[tuple[str, tuple[str, Copies]]]:

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import math
 import shutil
 import subprocess
 import sys
@@ -17,6 +18,8 @@ from tooling import tool
 from megatron_tf.checkpoint.compare import compare
 from megatron_tf.checkpoint.reader import open_checkpoint
 from megatron_tf.commands.expand_checkpoint import about_width
+from megatron_tf.commands.inspect_checkpoint import split_between
+from megatron_tf.state.optimizer_states import STATES, WEIGHT
 
 TOOL = PROJECT / "tools" / "expand_checkpoint.py"
 CONFIG = """
@@ -130,9 +133,28 @@ def test_a_split_of_what_was_split_is_told_and_written(folder, expand):
     reader = open_checkpoint(folder / "again" / "checkpoints" / "step_00000000")
     before, after = reader.index.growth_history
     assert before["sparse"]["from"] is None and after["sparse"]["from"] == before["sparse"]["to"]
+    assert_copies_are_found(folder)
     other = more.replace("candidates: 6", "candidates: 4")
     done = expand("no", "growth.from=x", "growth.method=split", other, source="split", bigger=())
     assert done.returncode == 2 and "3 before, 4 after. Each candidate is split into as many copies" in done.stderr
+
+
+def assert_copies_are_found(folder: Path) -> None:
+    """`inspect --diff` compares each copy with its original, in either direction."""
+    small, split, again = (
+        open_checkpoint(folder / name / "checkpoints" / step)
+        for name, step in (("small", "step_00000002"), ("split", "step_00000000"), ("again", "step_00000000"))
+    )
+    for one, other in ((small, split), (split, again)):
+        for first, second in ((one, other), (other, one)):
+            found = {(d.name, d.state): d for d in compare(first, second, split_between(first, second))}
+            for (name, state), d in found.items():
+                # a copy's own part is added to its router
+                parted = one is split and name.endswith("bank.router") and state == WEIGHT
+                assert d.unequal == (d.compared if parted else 0), d
+            for name in ("blocks.0.ffn.bank.key_tokens", "blocks.1.ffn.bank.value_tokens"):
+                numel = math.prod(other.index.tensors[name].shape)
+                assert {found[name, state].compared for state in STATES} == {numel}
 
 
 def assert_alike(folder: Path, runs: Path) -> None:
@@ -266,7 +288,7 @@ data: {{train: [{{path: {folder}/tokens}}]}}
 # Writes the initial model of argv[1] as a checkpoint under argv[2].
 INITIAL = """
 import sys
-from megatron_tf.state.optimizer_states import STATES
+from megatron_tf.state.optimizer_states import STATES, WEIGHT
 from megatron_tf.checkpoint.format import CheckpointIndex, expected_tensors
 from megatron_tf.checkpoint.shards import ComputedTensor
 from megatron_tf.state.sources import InitialSource
