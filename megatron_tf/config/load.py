@@ -24,6 +24,7 @@ from megatron_tf.config.lookup import (
     all_keys,
     key_name,
     keys_of,
+    meaning_at,
     required_keys,
     section_at,
     without_null_sections,
@@ -295,4 +296,4 @@ def _missing_key(loc: Location, given: Any) -> str:
     section = section_at(loc)
     if section is not None:
         return f"{key_name(loc)}: missing. Add this section; it needs {', '.join(required_keys(section))}."
-    return f"{key_name(loc)}: missing, and it has no default. Give it a value."
+    return f"{key_name(loc)}: missing, and it has no default. Give it a value. {meaning_at(loc)}".rstrip()

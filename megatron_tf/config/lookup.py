@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping
 from typing import Any, get_args
 
@@ -9,6 +10,8 @@ from megatron_tf.config.fields import Section
 from megatron_tf.config.schema import RunConfig
 
 Location = tuple[int | str, ...]
+# the unit before the meaning of a key, and the version behind it
+_AROUND_MEANING = re.compile(r"^\[[^\]]+\] | Since \d+\.\d+\.$")
 
 
 def key_name(loc: Location) -> str:
@@ -67,6 +70,15 @@ def annotation_at(loc: Location) -> Any:
                 return None
             annotation = next((found for key, found, _ in fields_of(section) if key == part), None)
     return annotation
+
+
+def meaning_at(loc: Location) -> str:
+    """What the documentation says of a key, without its unit and version; "" where it says nothing."""
+    section, key = section_at(loc[:-1]) if len(loc) > 1 else RunConfig, loc[-1]
+    variants = () if section is None else (*section.variants(), section)
+    fields = [(found.alias or name, found) for of in variants for name, found in of.model_fields.items()]
+    text = next((found.description for name, found in fields if name == key and found.description), "")
+    return _AROUND_MEANING.sub("", text)
 
 
 def section_at(loc: Location) -> type[Section] | None:

@@ -277,8 +277,15 @@ def test_duplicate_key_is_reported_with_the_other_problems(small_path):
         ("optimizer.betas=[0.9, 0.9, 0.9]", "optimizer.betas: the list has 3 items. It holds 2."),
         ("data.train=[]", "data.train: the list has 0 items. It needs at least 1."),
         # missing keys
-        ("growth.method=zero_key", "growth.from: missing, and it has no default. Give it a value."),
-        ("data.train=[{weight: 1}]", "data.train[0].path: missing, and it has no default. Give it a value."),
+        (
+            "model.sparse={ffn: {candidates: 4}}",
+            "model.sparse.ffn.group_size: missing, and it has no default. Give it a value. Size of a candidate. "
+            "parameter_tokens, less `dense`, is a multiple of it: that many slots.",
+        ),
+        ("growth.method=zero_key", "growth.from: missing, and it has no default. Give it a value. "
+            "Run folder, checkpoints folder or checkpoint to grow from."),
+        ("data.train=[{weight: 1}]", "data.train[0].path: missing, and it has no default. Give it a value. "
+            "Prefix of a .bin/.idx pair."),
         ("model.parameter_tokens=null", "model.parameter_tokens: missing. Add this section; it needs qkv, proj, ffn."),
         # what belongs to the other architecture
         ("model.ffn_hidden_size=256",
@@ -302,7 +309,7 @@ def test_missing_section_and_key_are_named(values, problems_of):
     assert problems_of(values) == [
         "model: missing. Add this section; it needs num_layers, hidden_size, num_attention_heads, seq_length, "
         "vocab_size.",
-        "optimizer.lr: missing, and it has no default. Give it a value.",
+        "optimizer.lr: missing, and it has no default. Give it a value. Largest learning rate of the schedule.",
     ]
 
 
@@ -359,7 +366,8 @@ def test_a_model_section_alone_gets_the_sentences_of_a_file(values, small):
         read_model(spoilt)
     assert sorted(caught.value.problems) == [
         "model.hiden_size: unknown key. Did you mean model.hidden_size?",
-        "model.parameter_tokens.ffn: missing, and it has no default. Give it a value.",
+        "model.parameter_tokens.ffn: missing, and it has no default. Give it a value. "
+        "Parameter tokens of the feed-forward Pattention.",
         "model.vocab_size: 0 is out of range. It must be at least 1.",
     ]
     with pytest.raises(ConfigError, match="model.hidden_size: 64 is not a multiple of model.num_attention_heads 5"):
