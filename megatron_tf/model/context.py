@@ -9,6 +9,11 @@ last pipeline stage, and every layout computes the gradient that one process com
 Under tensor parallelism a loss or metric is *partial*: this rank's part of a sum over the tensor ranks. It is computed
 between `TensorParallel.enter` and `leave`, where gradients are summed over the ranks. A value that is the same on every
 rank is therefore divided by their number.
+
+Context ranks have equal parts of the positions, and what they report is averaged over them. That is right for whatever
+is a mean over positions. A metric that is the largest of such means, of several rows summed, is another number on a
+part of the positions. So with several context ranks it is reported as the matrix of those means, which the ranks
+average once a step, see `of_all_positions`.
 """
 
 from __future__ import annotations
@@ -19,13 +24,16 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 from torch.autograd import Function
+from torch.nn import functional as F
 
 from megatron_tf.model.attention import Documents, find_documents
+from megatron_tf.parallel.collectives import all_reduce
+from megatron_tf.parallel.groups import Group
 
 if TYPE_CHECKING:
     from megatron_tf.model.layers import Block
 
-Reports = dict[str, Tensor]  # name -> scalar
+Reports = dict[str, Tensor]  # name -> scalar, or [rows, numbers] of which each row's largest counts
 
 
 class BlockContext:
@@ -61,7 +69,19 @@ class BlockContext:
 
 
 def add_report(sums: Reports, name: str, value: Tensor) -> None:
-    sums[name] = sums[name] + value if name in sums else value
+    """Adds a scalar. Rows, of numbers from 0 up, are put below the others, with zeros up to the longest."""
+    if name not in sums:
+        sums[name] = value
+    elif value.dim() == 0:
+        sums[name] = sums[name] + value
+    else:
+        length = max(sums[name].shape[1], value.shape[1])
+        sums[name] = torch.cat([F.pad(rows, (0, length - rows.shape[1])) for rows in (sums[name], value)])
+
+
+def of_all_positions(metric: Tensor, context: Group) -> Tensor:
+    """`metric` of `Reports` as a scalar. Of rows it is the same on all ranks of `context`, which must all call it."""
+    return all_reduce(metric, context).amax(1).sum() / context.size if metric.dim() else metric
 
 
 def run_blocks(blocks: Iterable[Block], hidden: Tensor, starts: Tensor | None, context: BlockContext) -> Tensor:

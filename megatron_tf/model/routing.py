@@ -4,8 +4,8 @@
 
 ρ is the router, b the balance of a candidate. The balance affects only the choice; the loss does not depend on it. Its
 gradient is the imbalance, load/fair − 1, so a candidate with too many positions becomes less likely. It comes from an
-auxiliary loss that is linear in b, so averaging over micro batches and data-parallel ranks gives the imbalance of the
-global batch, the same for every layout.
+auxiliary loss that is linear in b, so averaging over micro batches, data-parallel and context ranks gives the imbalance
+of the global batch, the same for every layout.
 
 The largest score wins; of equal ones the first, and a NaN before all others.
 """

@@ -32,7 +32,6 @@ from megatron_tf.model.grouped import assign
 from megatron_tf.model.linear import linear
 from megatron_tf.model.routing import balance_loss, choose, relative_load, z_loss
 from megatron_tf.model.sparse_function import ChosenTokens, sparse_pattention
-from megatron_tf.parallel.collectives import all_reduce
 from megatron_tf.parallel.groups import SINGLE, Group
 from megatron_tf.state.parameters import INITIAL_STD, default_scale, shard_range
 
@@ -119,11 +118,12 @@ class SparsePattention(nn.Module):
         candidates = self.choose(logits, balance)
         assignment = assign(candidates, logits.shape[-1])
         if losses is not None and metrics is not None:
-            load = relative_load(all_reduce(assignment.ends, self.context))
+            load = relative_load(assignment.ends)
             add_report(losses, "balance", balance_loss(balance, load))
             if self.z_loss:
                 add_report(losses, "z_loss", z_loss(logits) * (self.z_loss / self.num_slots))
-            add_report(metrics, "load_max", load.amax(1).sum() / self.num_slots)
+            shares = load / self.num_slots
+            add_report(metrics, "load_max", shares if self.context.size > 1 else shares.amax(1).sum())
         bank = self.bank
         return ChosenTokens(
             assignment, self.scale, bank.key_tokens, bank.value_tokens, self.key_tokens, self.value_tokens, logits

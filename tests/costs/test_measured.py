@@ -27,6 +27,7 @@ from megatron_tf.costs.communication import (
 from megatron_tf.costs.estimate import block_activation_bytes, memory_per_rank
 from megatron_tf.costs.work import HIDDEN_PASSES, LOGIT_BYTES
 from megatron_tf.model import build_model, fp8, gram, rounded_scores, rounding, sparse_function
+from megatron_tf.model.context import BlockContext, of_all_positions
 from megatron_tf.model.kernels import fused_passes
 from megatron_tf.model.layers import FinalNorm, TensorParallel, build_block
 from megatron_tf.model.projection import choose_forms
@@ -354,19 +355,24 @@ def test_candidates_are_chosen_without_communication():
 
 
 def context_of_a_block(group, model):
-    """What a block keeps and sends where two ranks share its positions."""
+    """What a block keeps and sends where two ranks share its positions, in a step of training."""
     config = load("parallel={engine: torch, context: 2}", "training.precision=bf16", *model)
-    block, hidden = block_for(config, context=group), hidden_for(config, 2)
+    block, hidden, reports = block_for(config, context=group), hidden_for(config, 2), BlockContext(loss_weight=1.0)
     block(hidden)  # the tables of the rotation are made once
     assert block_activation_bytes(config) == pytest.approx(saved_bytes(lambda: block(hidden)), rel=TOLERANCE)
     for expected in context_collectives(config):
         with Counting() as counted:
             if hidden.grad_fn is None:
-                hidden = block(hidden)
+                hidden = block(hidden, reports)
             else:
                 hidden.backward(torch.ones_like(hidden))
         assert counted.sent == as_counter(expected)
+    for metric in reports.metrics.values():
+        with Counting() as counted:
+            of_all_positions(metric, group)
+        assert counted.sent == {("all_reduce", 4 * metric.numel()): 1}
 
 
 def test_context_parallel_memory_and_communication():
-    spawn_each(context_of_a_block, 2, [((),), ((*TRANSFORMER, "model.num_key_value_heads=2"),)])
+    """Candidates are balanced without an exchange. What a step exchanges once is the number that it reports of them."""
+    spawn_each(context_of_a_block, 2, [((),), ((*TRANSFORMER, "model.num_key_value_heads=2"),), (EVERYWHERE,)])

@@ -22,7 +22,7 @@ from megatron_tf.engine.segmented import Fragment, SegmentedEngine
 from megatron_tf.engine.shards import ShardedParameter, shards_of
 from megatron_tf.engine.torch import sharding
 from megatron_tf.engine.torch.loss_scale import LossScale
-from megatron_tf.model.context import BlockContext
+from megatron_tf.model.context import BlockContext, add_report, of_all_positions
 from megatron_tf.model.filling import allocate
 from megatron_tf.model.layers import Block, TensorParallel
 from megatron_tf.model.precision import DTYPES
@@ -191,7 +191,8 @@ class TorchEngine(SegmentedEngine):
         if self._loss_scale is not None:
             seeks_scale = skipped and self._loss_scale.can_fall
             self._loss_scale.update(skipped)
-        reports = self._reports(self._found)
+        context = self._stage.tensor.context
+        reports = self._reports({name: of_all_positions(value, context) for name, value in self._found.items()})
         return StepResult(loss, norm, lr, skipped, seeks_scale, self.loss_scaler().get("cur_scale"), reports)
 
     @property
@@ -235,7 +236,7 @@ class TorchEngine(SegmentedEngine):
 
     def _collect_reports(self) -> None:
         for name, value in (self._context.losses | self._context.metrics).items():
-            self._found[name] = self._found.get(name, 0.0) + value
+            add_report(self._found, name, value)
         self._context = BlockContext()
 
     def _weigh(self, batches: Sequence[Batch]) -> None:

@@ -50,8 +50,8 @@ def test_grouped_heads_and_chosen_tokens():
     """Two query heads share each key. The balance of candidates is that of whole samples, and so is its metric."""
     plain = {"architecture": "transformer", "parameter_tokens": None, "num_key_value_heads": 2}
     check_layouts(config(model=plain), Layout(Topology(context=2)))
-    bank = {"group_size": 16, "candidates": 4, "dense": 0}
-    sparse = {"parameter_tokens": {"qkv": 13, "proj": 16, "ffn": 64}, "sparse": {"proj": bank, "ffn": bank}}
+    banks = {kind: {"group_size": 16, "candidates": count} for kind, count in (("proj", 4), ("ffn", 3))}
+    sparse = {"parameter_tokens": {"qkv": 13, "proj": 16, "ffn": 64}, "sparse": {**banks, "z_loss": 0.01}}
     check_layouts(config(model=sparse), Layout(Topology(context=2)), Layout(Topology(pipeline=2, context=2)))
 
 
