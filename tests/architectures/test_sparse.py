@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from distributed import spawn_each
+from layout_checks import BOUNDARIES, check_layouts
 from tiny import run_config
 from torch import nn
 from torch.nn import functional as F
@@ -55,7 +56,7 @@ def config(
     )
 
 
-def everywhere(z_loss: float = 0.0) -> RunConfig:
+def everywhere(z_loss: float = 0.0, **changes: dict) -> RunConfig:
     """Every projection has four slots, and candidates of its own."""
     banks = {"qkv": {"group_size": 16, "candidates": 2, "dense": 3}, "proj": {"group_size": 16, "candidates": 3}}
     return run_config(
@@ -63,6 +64,7 @@ def everywhere(z_loss: float = 0.0) -> RunConfig:
             "parameter_tokens": {"qkv": 67, "proj": 64, "ffn": 69},
             "sparse": {**banks, "ffn": {"group_size": 16, "candidates": 3, "dense": 5}, "z_loss": z_loss},
         },
+        **changes,
     )
 
 
@@ -246,6 +248,21 @@ def test_layouts_are_one_process(checkpointing, chosen):
         assert len(trace.reports) == len(expected.reports) == 9
         difference = compare(trace, expected)
         assert difference.agrees(1e-5), f"{layout}: {difference}"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("changes", "chosen"),
+    [
+        ({"zero": {"stage": 0}}, [Topology(data=2)]),
+        ({"zero": {"stage": 1}}, [Topology(data=2), Topology(pipeline=2)]),
+        ({"parallel": {"engine": "torch", "shard": "gradients"}}, [Topology(data=2), Topology(pipeline=2)]),
+        ({"parallel": {"engine": "torch", "shard": "parameters"}}, [Topology(data=2), Topology(pipeline=2, data=2)]),
+    ],
+)
+def test_documents_and_every_kind_of_sharded_state(changes, chosen):
+    """A step has several micro batches, whose ranks have different numbers of labels that count."""
+    check_layouts(everywhere(0.01, data=BOUNDARIES, **changes), *map(Layout, chosen), steps=2)
 
 
 @pytest.mark.slow
