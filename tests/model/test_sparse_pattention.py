@@ -82,38 +82,51 @@ def test_products_of_all_candidates_at_once(activation, dense, monkeypatch):
     assert own.partial(x[:0]).shape == (0, WIDTH)
 
 
-@pytest.mark.parametrize("activation", ACTIVATIONS)
-def test_one_candidate_a_slot_is_the_dense_layer(activation):
-    own, dense = (
-        layer(candidates=1, activation=activation),
-        Pattention(SLOTS * SIZE, WIDTH, WIDTH, activation=activation),
-    )
-    dense.double()
-    dense.key_tokens.data, dense.value_tokens.data = own.bank.key_tokens.data, own.bank.value_tokens.data
-    x = inputs()
+def is_the_dense_layer(own: SparsePattention) -> None:
+    """Compares the output, and the gradients of x and of all tokens. The candidates of a slot are copies, whose
+    gradients add up.
+
+    A dense layer has no router, so x gets no gradient here from the scores by which it chooses.
+    """
+    scores = own.bank.logits
+    own.bank.logits = lambda rows: scores(rows.detach())
+
+    def by_slot(bank: Tensor) -> Tensor:
+        return bank.unflatten(0, own.bank.shape)
+
+    def joined(slots: Tensor, common: Tensor | None) -> Tensor:
+        return torch.cat([slots.flatten(0, 1), *([] if common is None else [common])])
+
+    kinds = ("key_tokens", "value_tokens")
+    keys, values = (joined(by_slot(getattr(own.bank, kind))[:, 0], getattr(own, kind)).detach() for kind in kinds)
+    dense = Pattention(len(keys), WIDTH, WIDTH, activation=own.activation).double()
+    dense.key_tokens.data, dense.value_tokens.data = keys, values
     assert own.scale == dense.scale
-    torch.testing.assert_close(own.partial(x), dense.partial(x), rtol=1e-12, atol=1e-12)
+    x = inputs().requires_grad_()
+    output, expected = own.partial(x), dense.partial(x)
+    torch.testing.assert_close(output, expected, rtol=1e-12, atol=1e-12)
+    names = [name for name, _ in own.named_parameters() if name != "bank.balance"]
+    x_grad, *found = gradients(output, x, own)
+    of = dict(zip(names, found, strict=True))
+    token_grads = [joined(by_slot(of[f"bank.{kind}"]).sum(1), of.get(kind)) for kind in kinds]
+    torch.testing.assert_close([x_grad, *token_grads], gradients(expected, x, dense), rtol=1e-12, atol=1e-11)
 
 
 @pytest.mark.parametrize("activation", ACTIVATIONS)
-def test_equal_candidates_are_the_dense_layer_whatever_is_chosen(activation):
-    own = layer(activation=activation)
+@pytest.mark.parametrize("dense", [0, 5])
+def test_one_candidate_a_slot_is_the_dense_layer(activation, dense):
+    is_the_dense_layer(layer(dense, candidates=1, activation=activation))
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+@pytest.mark.parametrize("dense", [0, 5])
+def test_equal_candidates_are_the_dense_layer_whatever_is_chosen(activation, dense):
+    own = layer(dense, activation=activation)
     with torch.no_grad():
         for tokens in (own.bank.key_tokens, own.bank.value_tokens):
             by_slot = tokens.view(SLOTS, CANDIDATES, SIZE, WIDTH)
             by_slot.copy_(by_slot[:, :1].clone().expand_as(by_slot))
-    keys, values = (
-        tokens.detach().view(SLOTS, CANDIDATES, SIZE, WIDTH)[:, 0].flatten(0, 1).requires_grad_()
-        for tokens in (own.bank.key_tokens, own.bank.value_tokens)
-    )
-    x = inputs().requires_grad_()
-    output, expected = own.partial(x), pattention(x, keys, values, activation=activation)
-    torch.testing.assert_close(output, expected, rtol=1e-12, atol=1e-12)
-    output.square().sum().backward(inputs=[own.bank.key_tokens, own.bank.value_tokens])
-    expected.square().sum().backward(inputs=[keys, values])
-    for tokens, dense in ((own.bank.key_tokens, keys), (own.bank.value_tokens, values)):
-        summed = tokens.grad.view(SLOTS, CANDIDATES, SIZE, WIDTH).sum(1).flatten(0, 1)
-        torch.testing.assert_close(summed, dense.grad, rtol=1e-12, atol=1e-11)
+    is_the_dense_layer(own)
 
 
 @pytest.mark.parametrize("activation", ACTIVATIONS)
