@@ -51,6 +51,13 @@ def test_a_limit_that_knows_the_model(config, here):
 def test_a_tolerance_that_nothing_meets(config, here):
     result = here("verify_layout", config, "--steps", 1, "--tolerance", "1e-30")
     assert result.returncode == 1 and "DIFFERS" in result.stdout, result.stdout
+    assert "run.seed" not in result.stdout
+
+
+def test_a_difference_with_candidates_may_be_a_choice(config, here):
+    sparse = ("model.parameter_tokens.ffn=32", "model.sparse={ffn: {group_size: 16, candidates: 2}}")
+    result = here("verify_layout", config, *sparse, "--steps", 1, "--tolerance", "1e-30")
+    assert result.returncode == 1 and result.stdout.endswith(f"{verify_layout.OF_CANDIDATES}\n"), result.stdout
 
 
 CASES = {
