@@ -116,4 +116,9 @@ def _products_seconds(products: Iterable[Product], config: RunConfig, gpu: Gpu, 
     """Each product takes the time of its arithmetic or of its memory traffic, whichever is longer."""
     precision = config.training.compute_type
     flops, bandwidth = assumed.gemm * gpu.peak_flops(precision), assumed.memory * gpu.memory_bandwidth
-    return sum(max(p.flops / flops, compute_bytes(precision) * p.elements() / bandwidth) for p in products)
+
+    def seconds(product: Product) -> float:
+        reached = flops * (assumed.grouped if product.candidates > 1 else 1)
+        return max(product.flops / reached, compute_bytes(precision) * product.elements() / bandwidth)
+
+    return sum(map(seconds, products))
