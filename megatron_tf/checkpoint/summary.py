@@ -5,12 +5,17 @@ from __future__ import annotations
 import math
 from typing import Any
 
-from megatron_tf.checkpoint.format import BYTES_PER_ELEMENT
+from pydantic import ValidationError
+
+from megatron_tf.checkpoint.format import BYTES_PER_ELEMENT, CheckpointIndex
 from megatron_tf.checkpoint.reader import CheckpointReader
+from megatron_tf.config.sections.model import Model
+from megatron_tf.state.parameters import parameter_table
 
 
 def summarize(reader: CheckpointReader) -> dict[str, Any]:
-    """Plain values only. `scales`: the distinct τ of each kind of projection; `adam_steps`: a range "least to most"."""
+    """Plain values only. `used_parameters`: those that a position uses, None where the tensors are not the model's;
+    `scales`: the distinct τ of each kind of projection; `adam_steps`: a range "least to most"."""
     index = reader.index
     scales: dict[str, list[float]] = {}
     for name, scale in index.scales.items():
@@ -34,6 +39,7 @@ def summarize(reader: CheckpointReader) -> dict[str, Any]:
         "samples": index.samples,
         "tokens": index.tokens,
         "parameters": sum(math.prod(tensor.shape) for tensor in index.tensors.values()),
+        "used_parameters": _used_parameters(index),
         "model": dict(index.model),
         "scales": scales,
         "growth_history": [dict(entry) for entry in index.growth_history],
@@ -42,6 +48,19 @@ def summarize(reader: CheckpointReader) -> dict[str, Any]:
         "run": dict(index.run),
         "tensors": tensors,
     }
+
+
+def _used_parameters(index: CheckpointIndex) -> int | None:
+    try:
+        model = Model.model_validate(dict(index.model))
+    except ValidationError:
+        return None
+    # a section that somebody changed may have any number of layers
+    table = parameter_table(model) if model.num_layers <= len(index.tensors) else {}
+    shapes = {name: tensor.shape for name, tensor in index.tensors.items()}
+    if shapes != {name: spec.shape for name, spec in table.items()}:
+        return None
+    return sum(spec.numel // spec.one_in for spec in table.values())
 
 
 def _without_layer(projection: str) -> str:

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 from megatron_tf.arguments import path
 from megatron_tf.errors import CheckpointError, printable
-from megatron_tf.telemetry.text import bullets, count_of, table
+from megatron_tf.telemetry.text import bullets, count_of, of_which_used, table
 
 if TYPE_CHECKING:
     from megatron_tf.checkpoint.compare import Split, StateDifference
@@ -164,8 +164,10 @@ def print_summary(reader: CheckpointReader, summary: dict[str, Any]) -> None:
     print(f"{summary['path']} (format {summary['format_version']}, {summary['bytes']:,} bytes)")
     of_model = [(key, str(value)) for key, value in summary["model"].items() if value is not None]
     print_table(of_model, title="model")
-    progress = [(key, f"{summary[key]:,}") for key in ("step", "samples", "tokens", "parameters")]
-    print_table(progress, title="progress")
+    progress = [(key, f"{summary[key]:,}") for key in ("step", "samples", "tokens")]
+    count, used = summary["parameters"], summary["used_parameters"]
+    own = ("parameters", f"{count:,}{'' if used is None else of_which_used(used, count)}")
+    print_table([*progress, own], title="progress")
     if summary["scales"]:
         scales = [(kind, ", ".join(f"{s:.6g}" for s in values)) for kind, values in summary["scales"].items()]
         print_table(scales, title="τ")

@@ -11,10 +11,16 @@ from megatron_tf.config.schema import RunConfig
 from megatron_tf.config.sections.growth import Growth
 from megatron_tf.config.sections.model import ParameterTokens
 from megatron_tf.config.tasks import task_of
-from megatron_tf.costs.estimate import flops_per_token, memory_per_rank, num_parameters, parameters_per_rank
+from megatron_tf.costs.estimate import (
+    flops_per_token,
+    memory_per_rank,
+    num_parameters,
+    num_used_parameters,
+    parameters_per_rank,
+)
 from megatron_tf.state.lr_rule import in_words
 from megatron_tf.state.parameters import projections
-from megatron_tf.telemetry.text import count_of, size
+from megatron_tf.telemetry.text import count_of, of_which_used, size
 
 
 def describe(
@@ -34,7 +40,7 @@ def describe(
     model, training = config.model, config.training
     topology, batches = topology_for(config, world_size), batches or plan_batches(config, world_size)
     memory = memory_per_rank(config, world_size)
-    flops = flops_per_token(model)
+    flops, count = flops_per_token(model), num_parameters(model)
     tokens = tokens_to_train(config) or batches.train_tokens
     sequence = ", sequence-parallel" if config.parallel.sequence else ""
     origin = _configured_origin(config) if origin is None else origin
@@ -42,7 +48,8 @@ def describe(
     lines = {
         "run": f"{config.run.name} in {config.run.dir}, seed {config.run.seed}{origin}",
         "model": (
-            f"{num_parameters(model):,} parameters: {count_of(model.num_layers, 'layer')} × {model.hidden_size}, "
+            f"{count:,} parameters{of_which_used(num_used_parameters(model), count)}: "
+            f"{count_of(model.num_layers, 'layer')} × {model.hidden_size}, "
             f"{count_of(model.num_attention_heads, 'head')}, {architecture_of(model).describe(model)}, "
             f"{task_of(model).describe(model)}"
         ),

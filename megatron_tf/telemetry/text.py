@@ -27,6 +27,11 @@ def some_of(names: Sequence[str], most: int) -> str:
     return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
 
 
+def of_which_used(used: int, count: int) -> str:
+    """The end of a phrase about `count` parameters, of which a position uses `used`; empty where it uses all."""
+    return f", of which a position uses {used:,}" if used < count else ""
+
+
 def bullets(items: Sequence[str], most: int | None = None) -> str:
     """Lines of a list that stands below a sentence, each with its line end in front; not more than `most`."""
     shown = items[:most]

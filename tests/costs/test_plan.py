@@ -46,6 +46,12 @@ def test_all_parameters_are_reduced_for_the_work_of_those_that_are_used():
     assert "those that are used" not in report(made(sparse, 1)) and "uses" not in report(made(dense, 8))
 
 
+def test_a_description_says_how_many_parameters_a_position_uses():
+    sparse = load_config(TINY.with_name("sparse_124M_to_762M.yml"))
+    assert "model   761,908,416 parameters, of which a position uses 124,898,496: 12 layers" in describe(sparse, 8)
+    assert "of which" not in describe(load_config(TINY), 2)
+
+
 def test_rates_after_a_growth():
     def rates(name, *overrides):
         config = load_config(TINY.with_name(f"{name}.yml"), [f"growth.lr_multipliers.{own}" for own in overrides])

@@ -4,6 +4,7 @@ import json
 import math
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -12,8 +13,10 @@ from tooling import tool
 
 from megatron_tf.checkpoint.compare import StateDifference
 from megatron_tf.checkpoint.format import CheckpointIndex, expected_tensors, shard_name
+from megatron_tf.checkpoint.reader import open_checkpoint
+from megatron_tf.checkpoint.summary import summarize
 from megatron_tf.checkpoint.writer import Piece, save_checkpoint
-from megatron_tf.commands.inspect_checkpoint import over_blocks
+from megatron_tf.commands.inspect_checkpoint import over_blocks, print_summary
 from megatron_tf.config.sections.model import Model
 from megatron_tf.state.optimizer_states import STATES
 from megatron_tf.state.parameters import initial_scales, parameter_table
@@ -31,17 +34,20 @@ MODEL = Model.model_validate(
 )
 
 
-def save(root: Path, step: int, value: float) -> Path:
-    table = parameter_table(MODEL)
+SPARSE = MODEL.model_validate({**MODEL.model_dump(), "sparse": {"ffn": {"group_size": 16, "candidates": 4}}})
+
+
+def save(root: Path, step: int, value: float, model: Model = MODEL) -> Path:
+    table = parameter_table(model)
     index = CheckpointIndex(
         step=step,
         samples=8 * step,
         tokens=128 * step,
-        model=MODEL.model_dump(),
-        scales=initial_scales(MODEL),
+        model=model.model_dump(),
+        scales=initial_scales(model),
         tensors=expected_tensors({name: spec.shape for name, spec in table.items()}),
         adam_steps={
-            name: ((0, 8, step), (8, s.numel, 1)) if s.numel > 8 else ((0, 8, step),) for name, s in table.items()
+            name: ((0, 8, step), (8, s.numel, 1)) if s.numel > 8 else ((0, s.numel, step),) for name, s in table.items()
         },
         growth_history=({"method": "zero_key", "from": {"ffn": 8}, "to": {"ffn": 16}},),
         run={
@@ -93,6 +99,28 @@ def test_the_table_shows_what_is_inside(run_folder):
         "verified: 2 files, every checksum and range is right",
     ):
         assert line in lines, done.stdout
+
+
+def test_how_many_parameters_a_position_uses(run_folder, tmp_path):
+    path = save(tmp_path, 10, 0.0, SPARSE)
+    unused = 3 * 2 * 2 * 16 * 8  # candidates · keys and values · layers · tokens · width
+    content = json.loads(inspect(path, "--json").stdout)
+    assert content["parameters"] - content["used_parameters"] == unused
+    words = f"parameters  {content['parameters']:,}, of which a position uses {content['used_parameters']:,}\n"
+    assert words in inspect(path).stdout
+    content = json.loads(inspect(run_folder, "--json").stdout)
+    assert content["parameters"] == content["used_parameters"]
+    assert f"parameters  {content['parameters']:,}\n" in inspect(run_folder).stdout
+
+
+@pytest.mark.parametrize("change", [{"num_layers": 10**9}, {"num_layers": 1}, {"hidden_size": 6}, {"sparse": "none"}])
+def test_a_model_section_that_is_not_that_of_the_tensors_leaves_the_used_parameters_open(change, tmp_path, capsys):
+    reader = open_checkpoint(save(tmp_path, 10, 0.0, SPARSE))
+    reader.index = replace(reader.index, model={**reader.index.model, **change})
+    summary = summarize(reader)
+    assert summary["used_parameters"] is None
+    print_summary(reader, summary)
+    assert f"parameters  {summary['parameters']:,}\n" in capsys.readouterr().out
 
 
 def test_json_holds_the_same(run_folder):
