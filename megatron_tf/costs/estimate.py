@@ -49,17 +49,27 @@ def stage_parameters(model: Model, topology: Topology, stage: int) -> int:
     The first stage holds the task's input layer. The last one holds the final norm and the task's head, which may be a
     second copy of the input layer.
     """
-    return _stage_parameters(model, Topology(topology.tensor, topology.pipeline, 1, 1, topology.virtual_stages), stage)
+    return _stage_parameters(model, _without_replicas(topology), stage, of_candidates=False)
+
+
+def stage_candidates(model: Model, topology: Topology, stage: int) -> int:
+    """As `stage_parameters`, of parameters of candidates alone: those of which a position uses only a part."""
+    return _stage_parameters(model, _without_replicas(topology), stage, of_candidates=True)
+
+
+def _without_replicas(topology: Topology) -> Topology:
+    return Topology(topology.tensor, topology.pipeline, 1, 1, topology.virtual_stages)
 
 
 @lru_cache(maxsize=4096)
-def _stage_parameters(model: Model, topology: Topology, stage: int) -> int:
+def _stage_parameters(model: Model, topology: Topology, stage: int, of_candidates: bool) -> int:
     tensor = topology.tensor
     blocks = tuple(f"blocks.{layer}." for part in topology.parts(model.num_layers, stage) for layer in part)
     ends = {"first"} if stage == 0 else set()
     if stage == topology.pipeline - 1:
         ends.add("last")
     held = [spec for name, spec in parameter_table(model).items() if ends & set(spec.ends) or name.startswith(blocks)]
+    held = [spec for spec in held if spec.one_in > 1 or not of_candidates]
     return max(sum(_shard_numel(spec, tensor, rank) for spec in held) for rank in range(tensor))
 
 
@@ -113,17 +123,33 @@ def memory_per_rank(config: RunConfig, world_size: int) -> Memory:
     That is the first or the last stage: those between have no layers of the task, and have no more layers or micro
     batches in flight than the first.
     """
+    _, memory = _fullest_stage(config, world_size)
+    return memory
+
+
+def candidates_per_rank(config: RunConfig, world_size: int) -> tuple[int, int]:
+    """(parameters of candidates on a rank of the fullest pipeline stage, bytes of them and of their gradients and
+    optimizer states there). These bytes are a part of `memory_per_rank`."""
+    stage, _ = _fullest_stage(config, world_size)
+    topology = topology_for(config, world_size)
+    parameters, own = (count(config.model, topology, stage) for count in (stage_parameters, stage_candidates))
+    whole, others = (sum(_state_bytes(config, topology, stage, count)) for count in (parameters, parameters - own))
+    return own, whole - others
+
+
+def _fullest_stage(config: RunConfig, world_size: int) -> tuple[int, Memory]:
+    """The pipeline stage whose ranks need most memory, and that memory."""
     topology = topology_for(config, world_size)
     num_micro_batches = plan_batches(config, world_size).num_micro_batches
-    stages = [_stage_memory(config, topology, num_micro_batches, stage) for stage in {0, topology.pipeline - 1}]
-    return max(stages, key=lambda memory: memory.total)
+    stages = {stage: _stage_memory(config, topology, num_micro_batches, stage) for stage in (0, topology.pipeline - 1)}
+    return max(stages.items(), key=lambda entry: entry[1].total)
 
 
-def _stage_memory(config: RunConfig, topology: Topology, num_micro_batches: int, stage: int) -> Memory:
-    parameters = stage_parameters(config.model, topology, stage)
+def _state_bytes(config: RunConfig, topology: Topology, stage: int, parameters: int) -> tuple[int, int, int]:
+    """Bytes of (weights, gradients, optimizer) for `parameters` elements on a rank of a stage."""
     precision, optimizer_type = config.training.compute_type, config.optimizer.type
     if config.parallel.engine == "torch":
-        weights, gradients, optimizer = sharded_state_bytes(
+        return sharded_state_bytes(
             parameters,
             2 * parameters // (1 + topology.num_layers(config.model.num_layers, stage)),
             precision,
@@ -131,10 +157,12 @@ def _stage_memory(config: RunConfig, topology: Topology, num_micro_batches: int,
             topology.replicas,
             optimizer_type,
         )
-    else:
-        weights, gradients, optimizer = parameter_state_bytes(
-            parameters, precision, config.zero.stage, topology.data, optimizer_type
-        )
+    return parameter_state_bytes(parameters, precision, config.zero.stage, topology.data, optimizer_type)
+
+
+def _stage_memory(config: RunConfig, topology: Topology, num_micro_batches: int, stage: int) -> Memory:
+    parameters = stage_parameters(config.model, topology, stage)
+    weights, gradients, optimizer = _state_bytes(config, topology, stage, parameters)
     in_flight = _layers_in_flight(config, topology, num_micro_batches, stage)
     activations = _stage_activation_bytes(config, topology, stage, in_flight)
     return Memory(

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from megatron_tf.telemetry.text import count_of, size, table
+from megatron_tf.telemetry.text import count_of, of_which_used, size, table
 
 
 def report(plan: dict[str, Any]) -> str:
@@ -38,7 +38,7 @@ def report(plan: dict[str, Any]) -> str:
 
 def _stage_lines(stage: dict[str, Any]) -> Iterable[str]:
     count, used = stage["parameters"], stage["used_parameters"]
-    yield f"{stage['name']}: {count:,} parameters" + (f", of which a position uses {used:,}" if used < count else "")
+    yield f"{stage['name']}: {count:,} parameters{of_which_used(used, count)}"
     for problem in stage["problems"]:
         yield f"  not valid   {problem}"
     if stage["problems"]:
@@ -54,6 +54,8 @@ def _stage_lines(stage: dict[str, Any]) -> Iterable[str]:
         f"parameters): weights {size(memory['weights'])}, gradients {size(memory['gradients'])}, optimizer "
         f"{size(memory['optimizer'])}, activations {size(memory['activations'])}"
     )
+    if stage["banks"] and stage["banks"]["does_not_fit"]:
+        yield f"              {_what_does_not_fit(stage['banks'], memory['total'], usable)}"
     policies = stage["activations_by_checkpointing"]
     yield f"              activations without checkpointing {size(policies['off'])}, with it {size(policies['on'])}"
     unit, length = stage["unit"], stage["unit_tokens"]
@@ -64,10 +66,7 @@ def _stage_lines(stage: dict[str, Any]) -> Iterable[str]:
     shares = ((name, step[key] / step["total"]) for name, key in _PARTS)
     yield f"              {', '.join(f'{name} {share:.1%}' for name, share in shares if share)}"
     if used < count and step["data"]:
-        yield (
-            f"              gradients of all parameters are reduced for the work of those that are used: "
-            f"{step['data'] / step['total']:.1%} of the step; a larger global batch makes it less"
-        )
+        yield f"              {_exchange(stage['banks'], step['data'] / step['total'])}"
     sent = stage["sent_bytes"]
     yield f"  sent        a rank and step: {', '.join(f'{axis} {size(sent[axis])}' for axis in sent)}"
     yield (
@@ -86,6 +85,37 @@ def _stage_lines(stage: dict[str, Any]) -> Iterable[str]:
     for warning in data["warnings"] if data else ():
         yield f"  warning     {warning}"
     yield from _checkpoint_lines(stage["checkpoint"])
+
+
+def _what_does_not_fit(banks: dict[str, Any], total: int, usable: float) -> str:
+    """The sentence for BankCosts of which `does_not_fit` is true. `total`, `usable`: bytes of a rank."""
+    words = (
+        f"candidates are what does not fit: with gradients and optimizer states they take {size(banks['bytes'])} on "
+        f"each rank, of {size(total)} in all and {size(usable)} usable"
+    )
+    remedies = banks["memory_remedies"]
+    if not remedies:
+        return f"{words}; more GPUs are needed, or fewer candidates"
+    listed = ", or with ".join(
+        f"{' '.join(own['overrides'])} ({size(own['memory_total'])}, {_duration(own['step_seconds'])} a step)"
+        for own in remedies
+    )
+    return f"{words}; " + (f"it fits with {listed}" if remedies[0]["fits"] else f"none suffices alone: {listed}")
+
+
+def _exchange(banks: dict[str, Any] | None, share: float) -> str:
+    """The sentence on the exchange of gradients over data-parallel ranks, which takes `share` of a step."""
+    words = f"gradients of all parameters are reduced for the work of those that are used: {share:.1%} of the step"
+    if banks is None or not banks["is_bottleneck"]:
+        return f"{words}; a larger training.global_batch_size makes it less"
+    listed = "".join(
+        f", or with {' '.join(own['overrides'])} ({own['data_share']:.1%} of {_duration(own['step_seconds'])})"
+        for own in banks["exchange_remedies"]
+    )
+    return (
+        f"{words}, so this exchange is its bottleneck; {banks['exchanged_share']:.1%} of them are those of candidates; "
+        f"it takes less with a larger training.global_batch_size{listed}"
+    )
 
 
 _PARTS = (

@@ -13,6 +13,7 @@ from megatron_tf.config.schema import RunConfig
 from megatron_tf.config.tasks import task_of
 from megatron_tf.config.validate import validate
 from megatron_tf.costs.advice import advise
+from megatron_tf.costs.banks import bank_costs
 from megatron_tf.costs.chain import chain_costs
 from megatron_tf.costs.checkpoints import plan_checkpoints
 from megatron_tf.costs.communication import sent_bytes_per_step
@@ -91,7 +92,7 @@ def _stage(config: RunConfig, circumstances: Circumstances) -> tuple[dict[str, A
     """The summary of one run, and its estimate under its own layout, which is None when it cannot run as configured.
 
     Keys `unit` and `unit_tokens`: the unit in which the task's samples are counted ("tokens", "images"), and the
-    positions of one unit.
+    positions of one unit. Key `banks`: see BankCosts; None for a model without candidates.
     """
     world, gpu, assumed = circumstances.num_gpus, circumstances.gpu, circumstances.assumed
     summary: dict[str, Any] = {
@@ -112,7 +113,7 @@ def _stage(config: RunConfig, circumstances: Circumstances) -> tuple[dict[str, A
         return summary, None
     chosen = estimate(config, world, gpu, assumed)
     topology, batches = topology_for(config, world), plan_batches(config, world)
-    time = chosen.time
+    time, banks = chosen.time, bank_costs(chosen, gpu, assumed)
     train_seconds = batches.train_steps * time.total
     checkpoints = plan_checkpoints(
         config.model,
@@ -137,6 +138,7 @@ def _stage(config: RunConfig, circumstances: Circumstances) -> tuple[dict[str, A
         "memory": {**asdict(chosen.memory), "total": chosen.memory.total},
         "usable_memory": assumed.usable_memory * (gpu.memory_bytes - assumed.reserved_bytes),
         "activations_by_checkpointing": _activations(config, world),
+        "banks": None if banks is None else asdict(banks),
         "num_micro_batches": batches.num_micro_batches,
         "step": {**asdict(time), "total": time.total, "tokens_per_second": time.tokens_per_second},
         "sent_bytes": sent_bytes_per_step(config, world),

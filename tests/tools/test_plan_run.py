@@ -142,6 +142,15 @@ def test_layouts_are_not_blamed_for_the_length():
     assert done.returncode == 2 and "warmup_steps" in done.stderr and "No layout" not in done.stdout
 
 
+def test_candidates_that_do_not_fit_are_named():
+    many = CONFIGS / "sparse_124M_to_762M.yml", "--gpus", 8, "model.sparse.ffn.candidates=256"
+    (stage,) = plan(*many, "--best", 1)["stages"]
+    assert stage["banks"]["does_not_fit"] and stage["banks"]["memory_remedies"][0]["fits"]
+    done = tool("plan_run", *many, "--best", 1)
+    assert done.returncode == 0 and "candidates are what does not fit" in done.stdout, done.stdout
+    assert plan(CONFIGS / "tiny.yml", "--gpus", 1)["stages"][0]["banks"] is None
+
+
 def test_what_does_not_fit_is_said():
     done = tool("plan_run", CONFIGS / "1.4B.yml", "--gpus", 2, "--gpu", "rtx4090", "--storage-gb-per-s", "0.5")
     assert done.returncode == 0 and "valid, DOES NOT FIT" in done.stdout
