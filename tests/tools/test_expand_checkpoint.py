@@ -37,6 +37,7 @@ data:
   train: [{{path: {folder}/tokens}}]
 """
 BIGGER = ("model.parameter_tokens.qkv=29", "model.parameter_tokens.ffn=75")
+BANK = ("model.parameter_tokens.ffn=69", "model.sparse={ffn: {group_size: 16, candidates: 3, dense: 37}}")
 SPLIT = "model.sparse={ffn: {group_size: 16, candidates: 3, dense: 5}}"
 
 
@@ -115,8 +116,7 @@ def test_a_change_of_the_function_is_said(expand):
 
 
 def test_a_dry_run_of_a_bank(expand):
-    bank = ("model.parameter_tokens.ffn=69", "model.sparse={ffn: {group_size: 16, candidates: 3, dense: 37}}")
-    done = expand("dry", "growth.from=x", "growth.method=bank", "--dry-run", bigger=bank)
+    done = expand("dry", "growth.from=x", "growth.method=bank", "--dry-run", bigger=BANK)
     lines = [" ".join(line.split()) for line in done.stdout.splitlines()]
     told = "ffn 37 tokens -> 69 by bank, 3 candidates in each of 2 slots of 16, τ 6.08276 -> 6.08276"
     assert told in lines and "function kept, to rounding" in lines, done.stdout
@@ -157,16 +157,15 @@ def assert_copies_are_found(folder: Path) -> None:
                 assert {found[name, state].compared for state in STATES} == {numel}
 
 
-def assert_alike(folder: Path, runs: Path) -> None:
-    """The last checkpoints of both runs are equal to the last bit: weights, moments, ages, position."""
+def assert_alike(source: Path, runs: Path) -> None:
+    """Runs grown from the run `source` are equal to the last bit: weights, moments, ages, position."""
     one, other = (open_checkpoint(runs / name / "checkpoints" / "step_00000002") for name in ("inplace", "expanded"))
     assert [d for d in compare(one, other) if not d.equal] == []
     for field in ("samples", "tokens", "scales", "adam_steps", "data", "model"):
         assert getattr(one.index, field) == getattr(other.index, field), field
-    (entry,) = other.index.growth_history  # proved at the run's start, as by the trainer's own growth
-    assert entry == one.index.growth_history[0] and entry["loss_before"] is not None
-    assert entry["source"] == one.index.growth_history[0]["source"] == str(open_checkpoint(
-        folder / "small" / "checkpoints" / "step_00000002").path)  # fmt: skip
+    *_, entry = other.index.growth_history  # proved at the run's start, as by the trainer's own growth
+    assert other.index.growth_history == one.index.growth_history and entry["loss_before"] is not None
+    assert entry["source"] == str(open_checkpoint(source / "checkpoints" / "step_00000002").path)
 
 
 @pytest.mark.slow
@@ -181,14 +180,17 @@ def test_training_goes_on_as_if_it_had_grown_the_model_itself(folder, tmp_path):
     done = train(tmp_path, f"run.dir={tmp_path}/expanded", *bigger)
     assert done.returncode == 0, done.stdout
     assert "resumed from" in done.stdout and "grown from" not in done.stdout.split("resumed from")[1]
-    assert_alike(folder, tmp_path)
+    assert_alike(folder / "small", tmp_path)
 
 
 GROWTHS = {
     "gram": (*BIGGER, "growth.method=gram", "growth.moments=reset"),
     "random": (*BIGGER, "growth.method=random", "growth.noise=0.02"),
     "matched": (*BIGGER, "growth.method=matched", "growth.noise=0.02"),
+    "bank": ("growth.method=bank", *BANK),
     "split": ("growth.method=split", SPLIT),
+    # of what the line above has trained
+    "split again": ("growth.method=split", SPLIT.replace("candidates: 3", "candidates: 6")),
 }
 # One process for all runs: only the first pays for the start.
 ALL_GROWTHS = """
@@ -197,10 +199,11 @@ from megatron_tf import train
 from megatron_tf.commands.expand_checkpoint import main
 folder, runs, growths = sys.argv[1], sys.argv[2], json.loads(sys.argv[3])
 for name, growth in growths.items():
-    overrides = [f"growth.from={folder}/small", *growth]
+    source = f"{runs}/split/inplace" if name == "split again" else f"{folder}/small"
+    overrides = [f"growth.from={source}", *growth]
     train(f"{folder}/config.yml", [f"run.dir={runs}/{name}/inplace", *overrides])
     expanded = f"{runs}/{name}/expanded"
-    sys.argv = ["expand", "--from", f"{folder}/small", "--config", f"{folder}/config.yml", "--to", expanded, *overrides]
+    sys.argv = ["expand", "--from", source, "--config", f"{folder}/config.yml", "--to", expanded, *overrides]
     main()
     print("expanded", name)
     train(f"{folder}/config.yml", [f"run.dir={expanded}", *overrides])
@@ -217,7 +220,7 @@ def test_so_it_does_by_every_other_method(folder, tmp_path):
         _, _, after = done.stdout.partition(f"expanded {name}\n")
         printed, went_on, _ = after.partition(f"went on {name}\n")
         assert went_on and "resumed from" in printed and "grown from" not in printed.split("resumed from")[1]
-        assert_alike(folder, tmp_path / name)
+        assert_alike(tmp_path / "split" / "inplace" if name == "split again" else folder / "small", tmp_path / name)
 
 
 def test_data_that_is_elsewhere_is_taken_to_be_the_same(folder, expand):
