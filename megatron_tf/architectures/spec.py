@@ -60,6 +60,11 @@ class ParameterSpec:
         return math.prod(self.shape)
 
     @property
+    def num_used(self) -> int:
+        """Elements that a position uses."""
+        return self.numel // self.one_in
+
+    @property
     def width(self) -> int:
         """Elements of one row (1 for a vector)."""
         return math.prod(self.shape[1:])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Protocol
 
 import torch
@@ -64,36 +65,28 @@ def compare(first: CheckpointReader, second: CheckpointReader, split: Split = Sp
     `split` from the other, each copy with its original. A difference has the name of the copies, or else the name
     in the second checkpoint, if it has the tensor.
     """
-    for names in _pairs(first.index, second.index, split):
-        with_copies = names[split.in_second]
-        _, where = split.copies.get(with_copies, ("", None))
-        name = with_copies if where is not None else names[1] or names[0]
+    for names, where in _pairs(first.index, second.index, split):
+        name = names[1] or names[0] if where is None else names[split.in_second]
         for state in {**_states(first, names[0]), **_states(second, names[1])}:
             shapes = (_shape(first, names[0], state), _shape(second, names[1], state))
             if shapes[0] is None or shapes[1] is None or shapes[0][1:] != shapes[1][1:]:
                 yield StateDifference(name, state, shapes, 0, 0, 0.0)
                 continue
-            sizes = [math.prod(shape) for shape in shapes if shape is not None]
+            sizes = math.prod(shapes[0]), math.prod(shapes[1])
             numel = min(sizes) if where is None else sizes[split.in_second]
-            reads = [_reading(reader, name, state) for reader, name in zip((first, second), names)]
+            reads = [partial(first.read, names[0], state), partial(second.read, names[1], state)]
             if where is not None:
-                old = int(not split.in_second)
-                reads[old] = _originals(reads[old], where)
+                old = not split.in_second
+                reads[old] = partial(_read_originals, reads[old], where)
             yield StateDifference(name, state, shapes, numel, *_compare_range(reads[0], reads[1], numel))
 
 
 _Read = Callable[[int, int], Tensor]
 
 
-def _reading(reader: CheckpointReader, name: str, state: str) -> _Read:
-    return lambda start, stop: reader.read(name, state, start, stop)
-
-
-def _originals(read: _Read, where: Stretches) -> _Read:
-    """Reads, for elements of the copies, the elements that they are copies of."""
-    return lambda start, stop: torch.cat(
-        [read(first, first + high - low) for low, high, first in where.stretches(start, stop)]
-    )
+def _read_originals(read: _Read, where: Stretches, start: int, stop: int) -> Tensor:
+    """The elements that [start, stop) of the copies are copies of."""
+    return torch.cat([read(first, first + high - low) for low, high, first in where.stretches(start, stop)])
 
 
 def _compare_range(first: _Read, second: _Read, numel: int) -> tuple[int, float]:
@@ -110,9 +103,11 @@ def _compare_range(first: _Read, second: _Read, numel: int) -> tuple[int, float]
     return unequal, largest
 
 
-def _pairs(first: CheckpointIndex, second: CheckpointIndex, split: Split) -> Iterator[tuple[str, str]]:
-    """(Name in the first, name in the second) of each tensor, also if a growth has moved or copied it; "" where it is
-    missing."""
+def _pairs(
+    first: CheckpointIndex, second: CheckpointIndex, split: Split
+) -> Iterator[tuple[tuple[str, str], Stretches | None]]:
+    """((name in the first, name in the second), where copies have their originals) of each tensor, also if a growth has
+    moved or copied it. "" where it is missing, None where nothing is copied."""
     moved = _moved(first, second)
     back = {old: new for new, old in _moved(second, first).items()}
     counterparts = {name: moved.get(name, back.get(name, "" if back else name)) for name in first.tensors}
@@ -123,10 +118,10 @@ def _pairs(first: CheckpointIndex, second: CheckpointIndex, split: Split) -> Ite
     for pair in pairs:
         here, there = pair[split.in_second], pair[not split.in_second]
         if here in split.copies:
-            original, _ = split.copies[here]
-            yield (original, here) if split.in_second else (here, original)
+            original, where = split.copies[here]
+            yield ((original, here) if split.in_second else (here, original)), where
         elif here or there not in originals:
-            yield pair
+            yield pair, None
 
 
 def _moved(smaller: CheckpointIndex, grown: CheckpointIndex) -> dict[str, str]:

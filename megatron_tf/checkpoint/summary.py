@@ -60,7 +60,7 @@ def _used_parameters(index: CheckpointIndex) -> int | None:
     shapes = {name: tensor.shape for name, tensor in index.tensors.items()}
     if shapes != {name: spec.shape for name, spec in table.items()}:
         return None
-    return sum(spec.numel // spec.one_in for spec in table.values())
+    return sum(spec.num_used for spec in table.values())
 
 
 def _without_layer(projection: str) -> str:

@@ -10,8 +10,8 @@ from megatron_tf.config.fields import Section
 from megatron_tf.config.schema import RunConfig
 
 Location = tuple[int | str, ...]
-# the unit before the meaning of a key, and the version behind it
-_AROUND_MEANING = re.compile(r"^\[[^\]]+\] | Since \d+\.\d+\.$")
+# The documentation of a key.
+MEANING = re.compile(r"(?:\[(?P<unit>[^\]]+)\] )?(?P<text>.*?)(?: Since (?P<since>\d+\.\d+)\.)?", re.DOTALL)
 
 
 def key_name(loc: Location) -> str:
@@ -78,7 +78,9 @@ def meaning_at(loc: Location) -> str:
     variants = () if section is None else (*section.variants(), section)
     fields = [(found.alias or name, found) for of in variants for name, found in of.model_fields.items()]
     text = next((found.description for name, found in fields if name == key and found.description), "")
-    return _AROUND_MEANING.sub("", text)
+    about = MEANING.fullmatch(text or "")
+    assert about is not None
+    return about["text"]
 
 
 def section_at(loc: Location) -> type[Section] | None:

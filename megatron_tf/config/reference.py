@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, get_args
@@ -13,11 +12,11 @@ from typing import Any, get_args
 from megatron_tf.config.deliver import KEY as DELIVER
 from megatron_tf.config.extends import KEY as EXTENDS
 from megatron_tf.config.fields import PATH, Section
+from megatron_tf.config.lookup import MEANING
 from megatron_tf.config.schema import RunConfig
 
 Node = dict[str, Any]
 FIRST_VERSION = "0.1"
-_MEANING = re.compile(r"(?:\[(?P<unit>[^\]]+)\] )?(?P<text>.*?)(?: Since (?P<since>\d+\.\d+)\.)?", re.DOTALL)
 _NO_REAL_BOUND = 1e9  # larger ones only keep the arithmetic within 64 bits
 _FILE_KEYS: dict[str, Node] = {
     EXTENDS: {
@@ -168,7 +167,7 @@ def _entries(section: Node, definitions: Mapping[str, Node], prefix: str) -> Ite
 def _entry(key: str, node: Node, definitions: Mapping[str, Node], required: bool) -> Entry:
     inner, item = _section_of(node, definitions)
     # pydantic leaves out the description of a key that is also that of its section
-    about = _MEANING.fullmatch(node.get("description") or (inner or {}).get("description", ""))
+    about = MEANING.fullmatch(node.get("description") or (inner or {}).get("description", ""))
     assert about is not None
     is_section = inner is not None and not item
     default = None if required else "" if is_section or "default" not in node else _text(node["default"])

@@ -10,11 +10,13 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import get_args
 
 from megatron_tf.architectures.tokenformer.section import TokenFormerModel
 from megatron_tf.config.nearest import divisors
 from megatron_tf.config.run_plan import topology_for
 from megatron_tf.config.schema import RunConfig
+from megatron_tf.config.sections.parallel import Shard
 from megatron_tf.config.validate import validate
 from megatron_tf.costs.estimate import candidates_per_rank, stage_candidates, stage_parameters
 from megatron_tf.costs.hardware import Assumptions, Gpu
@@ -23,7 +25,7 @@ from megatron_tf.errors import ConfigError
 
 # The share of a step from which on the exchange of candidates' gradients and weights is called its bottleneck.
 BOTTLENECK = 0.2
-SHARDS = ("optimizer", "gradients", "parameters")  # of parallel.shard, each more than the one before
+_SHARDS = get_args(Shard)
 
 
 @dataclass(frozen=True)
@@ -145,7 +147,7 @@ def _kinds(config: RunConfig, world_size: int, gpu: Gpu) -> Iterator[list[tuple[
     engine = () if parallel.engine == "torch" else ("parallel.engine=torch",)
     yield [
         ((*engine, f"parallel.shard={shard}"), _with(config, "parallel", {"engine": "torch", "shard": shard}))
-        for shard in (SHARDS if engine else SHARDS[SHARDS.index(parallel.shard) + 1 :])
+        for shard in (_SHARDS if engine else _SHARDS[_SHARDS.index(parallel.shard) + 1 :])
     ]
     for axis, most in (("tensor", gpu.per_node), ("pipeline", config.model.num_layers)):
         yield [

@@ -30,12 +30,12 @@ def num_parameters(model: Model) -> int:
 @lru_cache(maxsize=64)  # a comparison of layouts asks for the same model for each layout
 def num_used_block_parameters(model: Model) -> int:
     """Parameters of all blocks that one position uses: of parameter tokens, or of a transformer's matrices."""
-    return sum(spec.numel // spec.one_in for name, spec in parameter_table(model).items() if name.startswith("blocks."))
+    return sum(spec.num_used for name, spec in parameter_table(model).items() if name.startswith("blocks."))
 
 
 def num_used_parameters(model: Model) -> int:
     """`num_parameters` without the parameters of candidates that a position does not choose."""
-    return sum(spec.numel // spec.one_in for spec in parameter_table(model).values())
+    return sum(spec.num_used for spec in parameter_table(model).values())
 
 
 def chooses(model: Model) -> bool:

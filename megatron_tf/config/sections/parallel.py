@@ -6,6 +6,9 @@ from typing import Literal
 
 from megatron_tf.config.fields import Count, Seconds, Section
 
+# each more than the one before
+Shard = Literal["optimizer", "gradients", "parameters"]
+
 
 class Parallel(Section):
     tensor: Count = 1
@@ -18,7 +21,7 @@ class Parallel(Section):
     """[ranks] Context-parallel ranks, which share the positions of each sample. Needs engine torch. Since 0.2."""
     engine: Literal["deepspeed", "torch"] = "deepspeed"
     """Train with DeepSpeed, or with torch alone. Checkpoints of one resume in the other."""
-    shard: Literal["optimizer", "gradients", "parameters"] = "optimizer"
+    shard: Shard = "optimizer"
     """Each data-parallel rank keeps a part of this, and of those before it. All but optimizer need engine torch."""
     schedule: Literal["1f1b", "gpipe", "zero_bubble"] = "1f1b"
     """Order of the micro batches in a pipeline. All but 1f1b need engine torch. Since 0.2: zero_bubble."""
