@@ -18,9 +18,9 @@ SMALL = {
 
 
 @pytest.fixture
-def model() -> Model:
-    """A model whose token counts and vocabulary divide by nothing."""
-    return Model.model_validate(SMALL)
+def model(request) -> Model:
+    """A model whose token counts and vocabulary divide by nothing. Tests may add keys by indirect parameters."""
+    return Model.model_validate({**SMALL, **getattr(request, "param", {})})
 
 
 @pytest.fixture

@@ -23,6 +23,11 @@ from megatron_tf.parallel.groups import make_group
 
 # Sums of some thousand fp64 numbers in another order: 1e-16 each.
 TOLERANCE = 1e-12
+# Added to the model: each position uses one of three groups in each of four slots, and five tokens more.
+CANDIDATES = {
+    "parameter_tokens": {"qkv": 13, "proj": 11, "ffn": 69},
+    "sparse": {"ffn": {"group_size": 16, "candidates": 3, "dense": 5}},
+}
 
 
 @torch.no_grad()
@@ -57,6 +62,7 @@ def loss(
     return float(total[0])
 
 
+@pytest.mark.parametrize("model", [{}, CANDIDATES], ids=["dense", "candidates"], indirect=True)
 @pytest.mark.parametrize("stride", [16, 5])
 def test_each_token_counts_once_with_its_own_context(checkpoint, model, tokens, stride):
     dataset = IndexedDataset(tokens)
@@ -85,6 +91,7 @@ def few_tokens(tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("model", [{}, CANDIDATES], ids=["dense", "candidates"], indirect=True)
 @pytest.mark.parametrize("ranks", LAYOUTS)
 def test_equal_at_every_layout(checkpoint, model, few_tokens, ranks):
     expected = [loss(0, checkpoint, model, few_tokens, Topology(), stride) for stride in (16, 7)]

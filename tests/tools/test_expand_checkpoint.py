@@ -322,7 +322,12 @@ sys.argv = sys.argv[1:]
 runpy.run_path(sys.argv[0], run_name="__main__")
 print(json.dumps({"bytes": peak() - before, "seconds": time.perf_counter() - began}))
 """
-LARGER = ("model.parameter_tokens.qkv=8620", "model.parameter_tokens.proj=8620", "model.parameter_tokens.ffn=34480")
+MORE_TOKENS = (
+    "model.parameter_tokens.qkv=8620", "model.parameter_tokens.proj=8620", "model.parameter_tokens.ffn=34480",
+)  # fmt: skip
+# Candidates, and tokens that stay one.
+LARGER = {"zero_key": MORE_TOKENS, "gram": MORE_TOKENS,
+          "split": ("model.sparse={ffn: {group_size: 80, candidates: 4, dense: 9400}}",)}  # fmt: skip
 
 
 @contextmanager
@@ -348,18 +353,20 @@ def large(tmp_path_factory):
 
 def measured(folder: Path, target: Path, method: str) -> dict[str, float]:
     shutil.rmtree(target, ignore_errors=True)
+    overrides = *LARGER[method], "growth.from=x", f"growth.method={method}"
     done = subprocess.run(
         counted_from_zero([sys.executable, "-c", MEASURE, TOOL, "--from", folder / "large", "--config",
-                           folder / "config.yml", "--to", target, *LARGER, "growth.from=x", f"growth.method={method}"]),
+                           folder / "config.yml", "--to", target, *overrides]),
         check=True, env=environment(), stdout=subprocess.PIPE, text=True,
     )  # fmt: skip
     return json.loads(done.stdout.splitlines()[-1])
 
 
 @pytest.mark.slow
-def test_memory_is_bounded(tmp_path):
+@pytest.mark.parametrize("method", ["zero_key", "split"])
+def test_memory_is_bounded(tmp_path, method):
     with initial(tmp_path, num_layers=1, vocab_size=99) as folder:
-        figures = measured(folder, folder / "grown", "zero_key")
+        figures = measured(folder, folder / "grown", method)
         assert next((folder / "grown").glob("*/*/shard*")).stat().st_size > 1.2e9
     assert figures["bytes"] < 0.25 * MEMORY_LIMIT_BYTES, figures
 
