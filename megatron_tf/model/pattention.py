@@ -151,7 +151,12 @@ def _outputs(
 @torch.no_grad()
 def token_weights(x: Tensor, key_tokens: Tensor, scale: float, activation: str, group: Group) -> tuple[Tensor, Tensor]:
     """(‖A‖₂ over all tokens [rows, 1], this rank's S [rows, n/T]) of one projection, to look at. Not differentiable."""
-    scores, function = _rows(x) @ key_tokens.mT, score_function(activation)
+    return weights_of(_rows(x) @ key_tokens.mT, scale, activation, group)
+
+
+def weights_of(scores: Tensor, scale: float, activation: str, group: Group) -> tuple[Tensor, Tensor]:
+    """As `token_weights`, of this rank's scores [rows, n/T]."""
+    function = score_function(activation)
     norm = l2_norm.begin_reduction(l2_norm.norm(scores), group)
     statistic = function.begin_reduction(function.statistic(scores), group)()
     return norm(), function.weights(scores, statistic, scale)

@@ -30,6 +30,7 @@ from megatron_tf.model.context import Reports, add_report
 from megatron_tf.model.filling import fill_normal
 from megatron_tf.model.grouped import assign
 from megatron_tf.model.linear import linear
+from megatron_tf.model.pattention import weights_of
 from megatron_tf.model.routing import balance_loss, choose, relative_load, z_loss
 from megatron_tf.model.sparse_function import ChosenTokens, sparse_pattention
 from megatron_tf.parallel.groups import SINGLE, Group
@@ -128,6 +129,23 @@ class SparsePattention(nn.Module):
         return ChosenTokens(
             assignment, self.scale, bank.key_tokens, bank.value_tokens, self.key_tokens, self.value_tokens, logits
         )
+
+
+def chosen_weights(projection: SparsePattention, rows: Tensor, candidates: Tensor) -> tuple[Tensor, Tensor]:
+    """(‖A‖₂ over all tokens that a row uses [rows, 1], this rank's S [rows, dense/T + slots/T · g]), to look at.
+
+    `rows` [rows, d_in].  `candidates`: of each row and slot, [rows, slots/T].  Not differentiable.
+    """
+    slots, num_candidates, group_size = projection.bank.shape
+    keys = projection.bank.key_tokens.unflatten(0, (slots, num_candidates, group_size))
+    parts = [] if projection.key_tokens is None else [rows @ projection.key_tokens.mT]
+    for slot in range(slots):
+        scores = rows.new_empty(len(rows), group_size)
+        for candidate in range(num_candidates):
+            chosen_by = (candidates[:, slot] == candidate).nonzero().squeeze(1)
+            scores[chosen_by] = rows[chosen_by] @ keys[slot, candidate].mT
+        parts.append(scores)
+    return weights_of(torch.cat(parts, 1), projection.scale, projection.activation, projection.group)
 
 
 def sparse_outputs(

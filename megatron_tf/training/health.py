@@ -11,8 +11,9 @@ over query, key and value) of a kind of projection:
 | `new_share` | after a growth: share of the new tokens in the contributions Σ|S|·‖v‖ over the positions |
 | `old_dead_share`, `new_dead_share` | after a growth: share of dead tokens among the old and among the new ones |
 
-For a projection with candidates, over its slots. The load of a candidate is relative to an equal share of the
-positions:
+In a projection with candidates a position uses n tokens of more. There, dead tokens are a share of all of them, and
+new tokens are known only of a bank that is new as a whole. It also has metrics of its slots. The load of a candidate is
+relative to an equal share of the positions:
 
 | metric | meaning |
 |---|---|
@@ -28,6 +29,7 @@ rank measures the same batch. The measurement changes no gradient, random state 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
 
 import torch
@@ -41,7 +43,7 @@ from megatron_tf.model.observing import Observer, observed
 from megatron_tf.model.pattention import token_weights
 from megatron_tf.model.projection import Pattention
 from megatron_tf.model.routing import relative_load
-from megatron_tf.model.sparse_pattention import SparsePattention
+from megatron_tf.model.sparse_pattention import SparsePattention, chosen_weights
 from megatron_tf.model.stage import Stage
 from megatron_tf.parallel.collectives import all_reduce
 from megatron_tf.parallel.groups import Group
@@ -112,6 +114,8 @@ class HealthProbe:
         self._inputs = inputs
         self._projections = projections
         self._num_tokens = {projection.kind: projection.tokens for projection in projections}
+        # of kinds with candidates: the tokens that all positions use
+        self._common_tokens = {p.kind: p.tokens - p.bank.slots * p.bank.group_size for p in projections if p.bank}
         self._old_tokens = old_tokens
         self._is_reporter = is_reporter
         self._device = next(stage.parameters()).device
@@ -126,9 +130,9 @@ class HealthProbe:
         for spec in self._projections:
             projection = modules.get(spec.name)
             if isinstance(projection, Pattention):
-                observers.append((projection, partial(self._observe, projection, spec.kind, found[spec.kind])))
+                observers.append((projection, partial(self._observe, projection, spec, found[spec.kind])))
             elif isinstance(projection, SparsePattention):
-                observers.append((projection, partial(_observe_candidates, projection, found[spec.kind])))
+                observers.append((projection, partial(self._observe_candidates, projection, spec, found[spec.kind])))
         # an observer in the graph would compile it anew
         with observed(observers), torch.compiler.set_stance("force_eager"):
             self._stage.infer(self._inputs.to(self._device))
@@ -149,35 +153,84 @@ class HealthProbe:
         }
 
     def _has_grown(self, kind: str) -> bool:
-        return 0 < self._old_tokens.get(kind, 0) < self._num_tokens[kind]
+        """Whether it is known which tokens are new. Next to old candidates it is not."""
+        old, common = self._old_tokens.get(kind, 0), self._common_tokens.get(kind)
+        return 0 < old < self._num_tokens[kind] and common in (None, old)
 
-    def _observe(self, projection: Pattention, kind: str, found: list[dict[str, Tensor]], x: Tensor) -> None:
-        group, context, tokens = projection.group, self._stage.tensor.context, self._num_tokens[kind]
+    def _observe(self, projection: Pattention, spec: ProjectionSpec, found: list[dict[str, Tensor]], x: Tensor) -> None:
+        group, context, tokens = projection.group, self._stage.tensor.context, spec.tokens
         norm, weights = token_weights(x, projection.key_tokens, projection.scale, projection.activation, group)
-        size = weights.flatten(0, -2).abs().float()  # [positions, n/T]
-        total, squares = all_reduce(torch.stack((size.sum(-1), size.square().sum(-1))), group)
-        active = torch.where(squares > 0, total.square() / (tokens * squares), 0.0)
-        limit = DEAD_BELOW * (squares / tokens).sqrt()
-        reached = ((size > 0) & (size >= limit.unsqueeze(-1))).any(0)
-        dead = all_reduce(reached.int(), context) == 0
-        contribution = all_reduce(size.sum(0), context) * projection.value_tokens.float().norm(dim=1)
         first, last = shard_range(tokens, group.size, group.rank)
-        old_tokens = self._old_tokens.get(kind, tokens)
-        new = torch.arange(first, last, device=dead.device) >= old_tokens
-        counts = torch.stack(
-            [dead.sum(), (dead & ~new).sum(), (dead & new).sum(), contribution[new].sum(), contribution.sum()]
-        ).double()
-        all_dead, old_dead, new_dead, by_new, by_all = all_reduce(counts, group)
-        found.append(
-            {
-                "score_norm": _mean(norm, context),
-                "active_share": _mean(active, context),
-                "dead_share": all_dead / tokens,
-                "new_share": by_new / by_all if by_all > 0 else by_all,
-                "old_dead_share": old_dead / min(old_tokens, tokens),
-                "new_dead_share": new_dead / max(1, tokens - old_tokens),
-            }
-        )
+        new = torch.arange(first, last, device=x.device) >= self._old_tokens.get(spec.kind, tokens)
+        use = _Use(norm, weights.flatten(0, -2), _sums, projection.value_tokens, new, tokens)
+        found.append(use.metrics(group, context))
+
+    def _observe_candidates(
+        self, projection: SparsePattention, spec: ProjectionSpec, found: list[dict[str, Tensor]], x: Tensor
+    ) -> None:
+        group, context, bank = projection.group, self._stage.tensor.context, projection.bank
+        rows = x.flatten(0, -2)
+        logits = bank.logits(rows)
+        chosen = projection.choose(logits, bank.slot_balance())
+        norm, weights = chosen_weights(projection, rows, chosen)
+        slots, candidates, group_size = bank.shape
+        numbers = chosen + candidates * torch.arange(slots, device=x.device)
+        common = [] if projection.value_tokens is None else [projection.value_tokens]
+        values = torch.cat([*common, bank.value_tokens])
+        first_new = len(values) - (len(bank.value_tokens) if self._has_grown(spec.kind) else 0)
+        new = torch.arange(len(values), device=x.device) >= first_new
+
+        def sums(columns: Tensor) -> Tensor:
+            of_all, of_slots = columns.split([columns.shape[1] - slots * group_size, slots * group_size], dim=1)
+            by_candidate = columns.new_zeros(slots * candidates, group_size)
+            by_candidate.index_add_(0, numbers.flatten(), of_slots.reshape(-1, group_size))
+            return torch.cat([of_all.sum(0), by_candidate.flatten()])
+
+        use = _Use(norm, weights, sums, values, new, spec.tokens)
+        found.append(use.metrics(group, context) | _use_of_candidates(projection, chosen))
+
+
+def _sums(columns: Tensor) -> Tensor:
+    return columns.sum(0)
+
+
+@dataclass(frozen=True)
+class _Use:
+    """How the positions [p] of a batch use the parameter tokens of a projection that a rank holds.
+
+    `norm`: ‖A‖₂ over the tokens of all ranks, [p, 1].  `weights`: S, [p, tokens that a position uses on this rank].
+    `sums`: adds columns of numbers, shaped like `weights`, to one number for each token of this rank.
+    `values`: of these tokens, [held, d].  `new`: whether a growth has added them, [held].
+    `tokens`: the number that a position uses on all ranks.
+    """
+
+    norm: Tensor
+    weights: Tensor
+    sums: Callable[[Tensor], Tensor]
+    values: Tensor
+    new: Tensor
+    tokens: int
+
+    def metrics(self, group: Group, context: Group) -> dict[str, Tensor]:
+        """`ALWAYS` and `AFTER_GROWTH`. `group` holds the other tokens, `context` the other positions."""
+        size, new = self.weights.abs().float(), self.new
+        total, squares = all_reduce(torch.stack((size.sum(-1), size.square().sum(-1))), group)
+        active = torch.where(squares > 0, total.square() / (self.tokens * squares), 0.0)
+        limit = DEAD_BELOW * (squares / self.tokens).sqrt()
+        reached = self.sums(((size > 0) & (size >= limit.unsqueeze(-1))).float())
+        dead = all_reduce(reached, context) == 0
+        contribution = all_reduce(self.sums(size), context) * self.values.float().norm(dim=1)
+        counts = [dead.sum(), (dead & new).sum(), new.sum(), contribution[new].sum(), contribution.sum()]
+        counts.append(counts[0].new_tensor(len(new)))
+        all_dead, new_dead, all_new, by_new, by_all, held = all_reduce(torch.stack([c.double() for c in counts]), group)
+        return {
+            "score_norm": _mean(self.norm, context),
+            "active_share": _mean(active, context),
+            "dead_share": all_dead / held,
+            "new_share": by_new / by_all if by_all > 0 else by_all,
+            "old_dead_share": (all_dead - new_dead) / (held - all_new).clamp(min=1),
+            "new_dead_share": new_dead / all_new.clamp(min=1),
+        }
 
 
 def _mean(values: Tensor, context: Group) -> Tensor:
@@ -185,12 +238,10 @@ def _mean(values: Tensor, context: Group) -> Tensor:
     return all_reduce(values.double().mean(), context) / context.size
 
 
-def _observe_candidates(projection: SparsePattention, found: list[dict[str, Tensor]], x: Tensor) -> None:
-    """Sums over the slots of all ranks, by their number."""
+def _use_of_candidates(projection: SparsePattention, chosen: Tensor) -> dict[str, Tensor]:
+    """`OF_CANDIDATES`: sums over the slots of all ranks, by their number."""
     bank = projection.bank
-    logits = bank.logits(x.flatten(0, -2))
-    chosen = projection.choose(logits, bank.slot_balance())
-    ends = assign(chosen, logits.shape[-1]).ends
+    ends = assign(chosen, bank.shape[1]).ends
     load = relative_load(all_reduce(ends, projection.context)).double()
     shares = load / load.shape[1]
     spread = torch.special.entr(shares).sum(1).exp() / load.shape[1]
@@ -199,4 +250,4 @@ def _observe_candidates(projection: SparsePattention, found: list[dict[str, Tens
     distance = (tokens - tokens.mean(1, keepdim=True)).flatten(1).norm(dim=1) / tokens.flatten(1).norm(dim=1)
     unused = (load < UNUSED_BELOW).double().mean(1)
     sums = torch.stack([load.amax(1).sum(), spread.sum(), unused.sum(), distance.double().sum()])
-    found.append(dict(zip(OF_CANDIDATES, all_reduce(sums, projection.group) / projection.num_slots)))
+    return dict(zip(OF_CANDIDATES, all_reduce(sums, projection.group) / projection.num_slots))

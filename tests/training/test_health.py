@@ -4,7 +4,7 @@ import pytest
 import torch
 from distributed import spawn
 from tiny import run_config
-from torch.nn.functional import gelu
+from torch.nn.functional import gelu, one_hot
 
 from megatron_tf.checkpoint.reader import open_checkpoint
 from megatron_tf.checkpoint.step_zero import write_step_zero
@@ -13,6 +13,7 @@ from megatron_tf.inference.load import load_model
 from megatron_tf.inference.sharded import load_stage
 from megatron_tf.model import build_model
 from megatron_tf.model.layers import TensorParallel
+from megatron_tf.model.observing import observed
 from megatron_tf.model.stage import build_stage
 from megatron_tf.parallel.groups import make_group
 from megatron_tf.pruning.measure import visit_projections
@@ -125,6 +126,41 @@ def _layouts(group, checkpoint, model, expected):
         assert all(block.ffn.observer is None for block in stage.blocks.values())
 
 
+OLD_OF_BANK = {"ffn": 5}  # of 69: the bank is new
+
+
+@torch.no_grad()
+def reference_of_candidates(model):
+    """Of the ffn, from the scores of all tokens, of which a mask takes those that a position does not use."""
+    inputs, found = [], {}
+    with observed((block.ffn, inputs.append) for block in model.blocks):
+        model(ids())
+    for block, x in zip(model.blocks, inputs):
+        ffn, rows = block.ffn, x.flatten(0, -2)
+        keys, values = (
+            torch.cat([getattr(ffn, name), getattr(ffn.bank, name)]) for name in ("key_tokens", "value_tokens")
+        )
+        chosen = ffn.choose(ffn.bank.logits(rows), ffn.bank.slot_balance())
+        of_bank = one_hot(chosen, 3).repeat_interleave(16, -1).flatten(1)
+        used = torch.cat([torch.ones(len(rows), 5), of_bank], 1).bool()
+        scores = torch.where(used, rows @ keys.T, 0.0)
+        norm = scores.square().sum(-1, keepdim=True).sqrt()
+        size = gelu(ffn.scale * scores / norm).abs()
+        dead = (size < DEAD_BELOW * (size.square().sum(-1, keepdim=True) / 69).sqrt()).all(0)
+        contribution = size.sum(0) * values.norm(dim=1)
+        metrics = {
+            "score_norm": norm.mean(),
+            "active_share": (size.sum(-1) ** 2 / (69 * size.square().sum(-1))).mean(),
+            "dead_share": dead.double().mean(),
+            "new_share": contribution[5:].sum() / contribution.sum(),
+            "old_dead_share": dead[:5].double().mean(),
+            "new_dead_share": dead[5:].double().mean(),
+        }
+        for name, value in metrics.items():
+            found[name] = found.get(name, 0.0) + float(value) / 2
+    return found
+
+
 def candidates_over(group):
     """One process and two tensor ranks measure the same of a bank; copies have distance 0."""
     bank = {"group_size": 16, "candidates": 3, "dense": 5}
@@ -149,10 +185,13 @@ def candidates_over(group):
                 rows = shard_range(len(whole[name]), tensor.group.size, tensor.group.rank)
                 parameter.copy_(whole[name][slice(*rows)] if table[name].sharded else whole[name])
         is_reporter = tensor.group.rank == 0 and topology.coordinate("replicas", group.rank) == 0
-        found.append(HealthProbe(stage, ids(), tuple(projections(model).values()), {}, is_reporter).measure())
+        found.append(HealthProbe(stage, ids(), tuple(projections(model).values()), OLD_OF_BANK, is_reporter).measure())
     assert found[0] == pytest.approx(found[1], rel=1e-5)
     assert found[0] == pytest.approx(found[2], rel=1e-5)
     ffn = {name.removeprefix("health/ffn/"): value for name, value in found[0].items() if "/ffn/" in name}
+    expected = reference_of_candidates(one)
+    assert {name: ffn.pop(name) for name in expected} == pytest.approx(expected, rel=1e-5)
+    assert 2 / 3 * 192 / 197 <= expected["dead_share"] < 0.8 and 0.5 < expected["new_share"] < 1
     assert ffn.keys() == {"load_max", "load_spread", "unused_share", "copy_distance"}
     # both layers send all positions to the first of three candidates, and one has copies
     assert ffn["load_max"] == pytest.approx(3) and ffn["unused_share"] == pytest.approx(2 / 3)
