@@ -25,11 +25,13 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor, nn
 
+from megatron_tf.activations.function import score_function
 from megatron_tf.config.activations import DEFAULT_ACTIVATION
 from megatron_tf.model.context import Reports, add_report
 from megatron_tf.model.filling import fill_normal
-from megatron_tf.model.grouped import assign
+from megatron_tf.model.grouped import Assignment, assign
 from megatron_tf.model.linear import linear
+from megatron_tf.model.pair_steps import ByCandidate
 from megatron_tf.model.pattention import weights_of
 from megatron_tf.model.routing import balance_loss, choose, relative_load, z_loss
 from megatron_tf.model.sparse_function import ChosenTokens, sparse_pattention
@@ -131,21 +133,17 @@ class SparsePattention(nn.Module):
         )
 
 
-def chosen_weights(projection: SparsePattention, rows: Tensor, candidates: Tensor) -> tuple[Tensor, Tensor]:
+def chosen_weights(projection: SparsePattention, rows: Tensor, assignment: Assignment) -> tuple[Tensor, Tensor]:
     """(‖A‖₂ over all tokens that a row uses [rows, 1], this rank's S [rows, dense/T + slots/T · g]), to look at.
 
-    `rows` [rows, d_in].  `candidates`: of each row and slot, [rows, slots/T].  Not differentiable.
+    `rows` [rows, d_in].  Not differentiable.
     """
-    slots, num_candidates, group_size = projection.bank.shape
-    keys = projection.bank.key_tokens.unflatten(0, (slots, num_candidates, group_size))
-    parts = [] if projection.key_tokens is None else [rows @ projection.key_tokens.mT]
-    for slot in range(slots):
-        scores = rows.new_empty(len(rows), group_size)
-        for candidate in range(num_candidates):
-            chosen_by = (candidates[:, slot] == candidate).nonzero().squeeze(1)
-            scores[chosen_by] = rows[chosen_by] @ keys[slot, candidate].mT
-        parts.append(scores)
-    return weights_of(torch.cat(parts, 1), projection.scale, projection.activation, projection.group)
+    bank, function = projection.bank, score_function(projection.activation)
+    steps = ByCandidate(function, assignment, projection.scale, bank.key_tokens, bank.value_tokens)
+    of_pairs, _ = steps.scores(rows)
+    of_slots = of_pairs[assignment.places.long()].flatten(1)
+    of_all = [] if projection.key_tokens is None else [rows @ projection.key_tokens.mT]
+    return weights_of(torch.cat([*of_all, of_slots], 1), projection.scale, projection.activation, projection.group)
 
 
 def sparse_outputs(

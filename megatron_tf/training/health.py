@@ -38,7 +38,7 @@ from torch import Tensor
 
 from megatron_tf.architectures.spec import ProjectionSpec
 from megatron_tf.config.architectures import architecture_of
-from megatron_tf.model.grouped import assign
+from megatron_tf.model.grouped import Assignment, assign
 from megatron_tf.model.observing import Observer, observed
 from megatron_tf.model.pattention import token_weights
 from megatron_tf.model.projection import Pattention
@@ -171,10 +171,10 @@ class HealthProbe:
         group, context, bank = projection.group, self._stage.tensor.context, projection.bank
         rows = x.flatten(0, -2)
         logits = bank.logits(rows)
-        chosen = projection.choose(logits, bank.slot_balance())
-        norm, weights = chosen_weights(projection, rows, chosen)
+        assignment = assign(projection.choose(logits, bank.slot_balance()), logits.shape[-1])
+        norm, weights = chosen_weights(projection, rows, assignment)
         slots, candidates, group_size = bank.shape
-        numbers = chosen + candidates * torch.arange(slots, device=x.device)
+        numbers = assignment.candidates + candidates * torch.arange(slots, device=x.device)
         common = [] if projection.value_tokens is None else [projection.value_tokens]
         values = torch.cat([*common, bank.value_tokens])
         first_new = len(values) - (len(bank.value_tokens) if self._has_grown(spec.kind) else 0)
@@ -187,7 +187,7 @@ class HealthProbe:
             return torch.cat([of_all.sum(0), by_candidate.flatten()])
 
         use = _Use(norm, weights, sums, values, new, spec.tokens)
-        found.append(use.metrics(group, context) | _use_of_candidates(projection, chosen))
+        found.append(use.metrics(group, context) | _use_of_candidates(projection, assignment))
 
 
 def _sums(columns: Tensor) -> Tensor:
@@ -238,11 +238,10 @@ def _mean(values: Tensor, context: Group) -> Tensor:
     return all_reduce(values.double().mean(), context) / context.size
 
 
-def _use_of_candidates(projection: SparsePattention, chosen: Tensor) -> dict[str, Tensor]:
+def _use_of_candidates(projection: SparsePattention, assignment: Assignment) -> dict[str, Tensor]:
     """`OF_CANDIDATES`: sums over the slots of all ranks, by their number."""
     bank = projection.bank
-    ends = assign(chosen, bank.shape[1]).ends
-    load = relative_load(all_reduce(ends, projection.context)).double()
+    load = relative_load(all_reduce(assignment.ends, projection.context)).double()
     shares = load / load.shape[1]
     spread = torch.special.entr(shares).sum(1).exp() / load.shape[1]
     # keys and values of a slot's candidates: [slots, candidates, elements]
