@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
 from typing import Any, ClassVar
@@ -9,6 +10,7 @@ from typing import Any, ClassVar
 from megatron_tf.activations.forms import Norm
 from megatron_tf.architectures.spec import ParameterSpec, ProjectionSpec
 from megatron_tf.architectures.work import BlockWork, Collectives
+from megatron_tf.config.nearest import divisors_near
 from megatron_tf.config.schema import RunConfig
 from megatron_tf.config.sections.model import Model
 
@@ -70,6 +72,14 @@ class Architecture(ABC):
     def problems(self, model: Model) -> Iterator[str]:
         """Sentences on fields that do not fit together, beyond the checks for every model."""
         return iter(())
+
+    def shared_counts(self, model: Model) -> tuple[int, ...]:
+        """What tensor ranks share evenly: parallel.tensor divides each of these counts."""
+        return model.num_attention_heads, self.key_value_heads(model)
+
+    def tensor_sizes_near(self, model: Model, tensor: int) -> list[int]:
+        """The values of parallel.tensor next to `tensor` that divide all `shared_counts`."""
+        return divisors_near(math.gcd(*self.shared_counts(model)), tensor)
 
     def layout_problems(self, config: RunConfig) -> Iterator[str]:
         """Sentences on a layout in which the block cannot be split. `sharded_rows` and whole heads for each rank are

@@ -84,7 +84,8 @@ class BankSpec:
     group_size: int
 
     def __str__(self) -> str:
-        return f"{self.candidates} candidates in each of {self.slots} slots of {self.group_size}"
+        slots = "1 slot" if self.slots == 1 else f"each of {self.slots} slots"
+        return f"{self.candidates} candidates in {slots} of {self.group_size}"
 
 
 @dataclass(frozen=True)

@@ -123,17 +123,33 @@ def check_same_architecture(
         problems = [f"model.{name}: checkpoint {old}, configuration {new}" for name, old, new in differences]
         otherwise = f"remove {key}" if key else "start in another run.dir"
         remedy = f"Restore these keys, or {otherwise}."
-        changed = [name for name, _, _ in differences]
-        if all(name.startswith((TOKENS, SPARSE)) for name in changed):
-            counts, way = "Token counts", ""
-            if any(name.startswith(SPARSE) for name in changed):
-                counts, way = "Candidates", ", growth.method to split or bank,"
-            remedy = f"{counts} change by growth only: set growth.from to this checkpoint{way} and " + (
-                f"remove {key}." if key else "use another run.dir."
-            )
+        if all(name.startswith((TOKENS, SPARSE)) for name, _, _ in differences):
+            otherwise = f"remove {key}" if key else "use another run.dir"
+            remedy = _remedy_by_growth(differences, otherwise)
         raise CheckpointError(_listed(f"{named} is of another architecture", problems) + f"\n{remedy}")
     if problem := optimizer_problem(index, optimizer, "begin a new run with its weights by training.init_from"):
         raise CheckpointError(f"{named} cannot be {'branched off' if key else 'resumed'}: {problem}")
+
+
+def _remedy_by_growth(differences: list[tuple[str, Any, Any]], otherwise: str) -> str:
+    """The remedy for other token counts or candidates than the checkpoint's.
+
+    `otherwise`: the end of a sentence, what growth from the checkpoint needs besides its own keys.
+    """
+    sparse = [change for change in differences if change[0].startswith(SPARSE)]
+    if not sparse:
+        return f"Token counts change by growth only: set growth.from to this checkpoint and {otherwise}."
+    counts = [(old, new) for name, old, new in sparse if name.endswith(".candidates") and "null" not in (old, new)]
+    if all(old == "null" for _, old, _ in sparse):
+        way = "Candidates come by growth only: set growth.from to this checkpoint, growth.method to split or bank, and"
+    elif len(counts) == len(sparse) and all(new > old and new % old == 0 for old, new in counts):
+        way = "Candidates are split by growth only: set growth.from to this checkpoint, growth.method to split, and"
+    else:
+        return (
+            "Restore these keys. Other candidates are made by a growth by split, which makes multiples of their number "
+            "and keeps their size, or by megatron_tf prune, which makes fewer."
+        )
+    return f"{way} {otherwise}."
 
 
 def optimizer_problem(index: CheckpointIndex, optimizer: str, otherwise: str) -> str | None:

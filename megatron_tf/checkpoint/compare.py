@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Protocol
@@ -23,7 +23,8 @@ class StateDifference:
     """The difference of one state of one tensor.
 
     `shapes`: of the first and the second checkpoint, None where it is missing.  `compared`: the number of leading
-    elements that both have (a grown tensor has its old rows in front).  `unequal`: how many of them differ.
+    elements that both have (a grown tensor has its old rows in front); 0 where they are of different things.
+    `unequal`: how many of them differ.
     `largest`: the largest absolute difference among them; NaN when a NaN is compared with another value.
     """
 
@@ -36,7 +37,7 @@ class StateDifference:
 
     @property
     def equal(self) -> bool:
-        return self.shapes[0] == self.shapes[1] and self.unequal == 0
+        return self.shapes[0] == self.shapes[1] and self.unequal == 0 and self.compared > 0
 
 
 class Stretches(Protocol):
@@ -52,10 +53,12 @@ class Split:
     """`copies`: (original, where its elements are) of each tensor of copies, by name.
 
     `in_second`: whether the second checkpoint holds the copies, and not the first.
+    `apart`: tensors of which both have one, but no element of the one is what an element of the other is.
     """
 
     copies: Mapping[str, tuple[str, Stretches]] = field(default_factory=dict)
     in_second: bool = True
+    apart: Collection[str] = frozenset()
 
 
 def compare(first: CheckpointReader, second: CheckpointReader, split: Split = Split()) -> Iterator[StateDifference]:
@@ -69,7 +72,7 @@ def compare(first: CheckpointReader, second: CheckpointReader, split: Split = Sp
         name = names[1] or names[0] if where is None else names[split.in_second]
         for state in {**_states(first, names[0]), **_states(second, names[1])}:
             shapes = (_shape(first, names[0], state), _shape(second, names[1], state))
-            if shapes[0] is None or shapes[1] is None or shapes[0][1:] != shapes[1][1:]:
+            if shapes[0] is None or shapes[1] is None or shapes[0][1:] != shapes[1][1:] or name in split.apart:
                 yield StateDifference(name, state, shapes, 0, 0, 0.0)
                 continue
             sizes = math.prod(shapes[0]), math.prod(shapes[1])

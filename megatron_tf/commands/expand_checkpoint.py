@@ -106,6 +106,8 @@ def describe(config: RunConfig, growth: Growth, reader: CheckpointReader, start:
             row = f"{count:,} tokens, copied to {used[kind].bank}"
             if bank := banks[kind]:
                 row = f"{count:,} tokens, {bank.candidates} candidates copied to {used[kind].bank}"
+            if bank == used[kind].bank:
+                row = f"{count:,} tokens, {bank}, as they are"
         print(f"{kind:<11} {row}, τ {scale_of(old, index.scales, kind)} -> {scale_of(old, start.source.scales, kind)}")
     if (width := start.growth_history[-1].get("width")) is not None:
         print("\n".join(about_width(width)))

@@ -13,7 +13,7 @@ import argparse
 import json
 import math
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -24,6 +24,7 @@ from megatron_tf.telemetry.text import bullets, count_of, of_which_used, table
 
 if TYPE_CHECKING:
     from megatron_tf.checkpoint.compare import Split, StateDifference
+    from megatron_tf.checkpoint.format import CheckpointIndex
     from megatron_tf.checkpoint.reader import CheckpointReader
 
 
@@ -69,13 +70,17 @@ def main() -> None:
         passed_over += more
         if arguments.verify:
             other.verify()
-        differences = [d for d in compare(reader, other, split_between(reader, other)) if not d.equal]
+        keys, split = between(reader.index, other.index)
+        differences = [d for d in compare(reader, other, split) if not d.equal]
+        summary["model_differences"] = {key: [one, two] for key, one, two in keys}
         summary["differences"] = [as_json(d) for d in differences]
     if arguments.json:
         print(json.dumps(summary, indent=2))
     else:
         print_summary(reader, summary)
         if differences is not None:
+            if keys:
+                print_table([(f"model.{key}", f"{one} / {two}") for key, one, two in keys], title="models differ")
             print_differences(arguments.diff, differences)
     if arguments.verify and passed_over:
         raise CheckpointError(
@@ -141,17 +146,22 @@ def print_adapter(summary: dict[str, Any]) -> None:
     print_table([("module", "widths", "keys, rms", "values, rms"), *branches], title="branches")
 
 
-def split_between(first: CheckpointReader, second: CheckpointReader) -> Split:
-    """Which of the two is split from the other, and what is a copy of what in it."""
+def between(first: CheckpointIndex, second: CheckpointIndex) -> tuple[list[tuple[str, Any, Any]], Split]:
+    """(keys in which the models differ with both values, what is a copy of what in one that is split from the other).
+
+    Nothing is known of checkpoints that contradict their own model sections; they are to be looked at all the same.
+    """
     from megatron_tf.checkpoint.architecture import stored_model
     from megatron_tf.checkpoint.compare import Split
-    from megatron_tf.growth.split import copies
+    from megatron_tf.config.differences import differing
+    from megatron_tf.growth.split import apart, copies
 
-    if first.index.model.get("sparse") == second.index.model.get("sparse"):
-        return Split()
-    models = [stored_model(reader.index) for reader in (first, second)]
+    try:
+        models = stored_model(first), stored_model(second)
+    except CheckpointError:
+        return [], Split()
     forward = copies(*models)
-    return Split(forward or copies(*models[::-1]), in_second=bool(forward))
+    return list(differing(*models)), Split(forward or copies(*models[::-1]), bool(forward), apart(*models))
 
 
 def as_json(difference: StateDifference) -> dict[str, Any]:
@@ -162,7 +172,7 @@ def as_json(difference: StateDifference) -> dict[str, Any]:
 
 def print_summary(reader: CheckpointReader, summary: dict[str, Any]) -> None:
     print(f"{summary['path']} (format {summary['format_version']}, {summary['bytes']:,} bytes)")
-    of_model = [(key, str(value)) for key, value in summary["model"].items() if value is not None]
+    of_model = [(key, as_text(value)) for key, value in summary["model"].items() if value is not None]
     print_table(of_model, title="model")
     progress = [(key, f"{summary[key]:,}") for key in ("step", "samples", "tokens")]
     count, used = summary["parameters"], summary["used_parameters"]
@@ -186,6 +196,13 @@ def print_summary(reader: CheckpointReader, summary: dict[str, Any]) -> None:
         print(f"\nverified: {count_of(summary['verified_files'], 'file')}, every checksum and range is right")
 
 
+def as_text(value: object) -> str:
+    """A value of a configuration, of a section without the keys that are null."""
+    if not isinstance(value, Mapping):
+        return str(value)
+    return f"{{{', '.join(f'{key}: {as_text(own)}' for key, own in value.items() if own is not None)}}}"
+
+
 def print_differences(other: Path, differences: Sequence[StateDifference]) -> None:
     if not differences:
         print(f"\nno difference to {other}: every tensor and state is equal to the last bit")
@@ -193,7 +210,8 @@ def print_differences(other: Path, differences: Sequence[StateDifference]) -> No
     rows = [("name", "state", "shapes", "unequal of compared", "largest difference")]
     for d in over_blocks(differences):
         shapes = " / ".join("missing" if shape is None else str(list(shape)) for shape in d.shapes)
-        rows.append((d.name, d.state, shapes, f"{d.unequal:,} of {d.compared:,}", f"{d.largest:.3g}"))
+        found = (f"{d.unequal:,} of {d.compared:,}", f"{d.largest:.3g}") if d.compared else ("not compared", "")
+        rows.append((d.name, d.state, shapes, *found))
     print_table(rows, title=f"differences to {other}")
 
 

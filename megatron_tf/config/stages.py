@@ -82,6 +82,11 @@ def load_stages(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> 
     return configs
 
 
+def stage_name(config: RunConfig) -> str:
+    """The name of a chain's stage, as in "stages.NAME.section.field=value"."""
+    return os.path.basename(config.run.dir)
+
+
 def _stage_config(
     common: dict[str, Any],
     stage: dict[str, Any],

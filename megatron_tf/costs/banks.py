@@ -8,7 +8,7 @@ have to be shared out over more ranks, or be fewer. Every remedy is estimated li
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import get_args
 
@@ -23,7 +23,7 @@ from megatron_tf.costs.hardware import Assumptions, Gpu
 from megatron_tf.costs.layouts import Estimate, estimate
 from megatron_tf.errors import ConfigError
 
-# The share of a step from which on the exchange of candidates' gradients and weights is called its bottleneck.
+# The share of a step from which on the exchange of gradients and weights is called its bottleneck.
 BOTTLENECK = 0.2
 _SHARDS = get_args(Shard)
 
@@ -45,16 +45,17 @@ class BankCosts:
 
     `does_not_fit`: whether they are why the memory does not suffice: they are most of what is needed, or do not fit by
         themselves.
-    `is_bottleneck`: whether the exchange of their gradients and weights takes `BOTTLENECK` of a step or more.
+    `is_bottleneck`: whether the exchange of gradients and weights takes `BOTTLENECK` of a step or more.
     `memory_remedies`: with which the run fits, of each kind the least change; if there are none, with which it needs
         least. Empty unless needed.
     `exchange_remedies`: with which it fits and the exchange takes less, and so does the step: of each kind the least
-        change with which the exchange is no bottleneck, or else that with the shortest step. Empty unless needed.
+        change with which the exchange is no bottleneck; if there are none, that with the shortest step. Empty unless
+        needed.
     """
 
     parameters: int
     bytes: int  # of weights, gradients and optimizer states
-    exchange_share: float  # of a step
+    exchange_share: float  # of a step, for the gradients and weights of all parameters
     exchanged_share: float  # of the parameters that are exchanged
     does_not_fit: bool
     is_bottleneck: bool
@@ -62,8 +63,11 @@ class BankCosts:
     exchange_remedies: tuple[Remedy, ...]
 
 
-def bank_costs(chosen: Estimate, gpu: Gpu, assumed: Assumptions) -> BankCosts | None:
-    """None for a model without candidates."""
+def bank_costs(
+    chosen: Estimate, gpu: Gpu, assumed: Assumptions, can_run: Callable[[RunConfig], bool] = lambda config: True
+) -> BankCosts | None:
+    """None for a model without candidates. `can_run`: whether a valid configuration can take the place of the chosen
+    one, such as between the other stages of a chain."""
     config, world = chosen.config, chosen.world_size
     parameters, num_bytes = candidates_per_rank(config, world)
     if not parameters:
@@ -71,7 +75,7 @@ def bank_costs(chosen: Estimate, gpu: Gpu, assumed: Assumptions) -> BankCosts | 
     is_most = num_bytes > chosen.memory.total - num_bytes
     does_not_fit = not chosen.fits and (is_most or not assumed.fits(num_bytes, gpu))
     is_bottleneck = _exchange_share(chosen) >= BOTTLENECK
-    kinds = list(_others(config, world, gpu, assumed)) if does_not_fit or is_bottleneck else []
+    kinds = list(_others(config, world, gpu, assumed, can_run)) if does_not_fit or is_bottleneck else []
     return BankCosts(
         parameters,
         num_bytes,
@@ -96,22 +100,22 @@ def _to_fit(kinds: Sequence[_Changes], chosen: Estimate) -> tuple[Remedy, ...]:
 
 
 def _to_exchange_less(kinds: Sequence[_Changes], chosen: Estimate) -> tuple[Remedy, ...]:
-    found = []
-    for kind in kinds:
-        faster = [
+    faster = [
+        [
             (overrides, other)
             for overrides, other in kind
             if other.fits and other.time.data < chosen.time.data and other.time.total < chosen.time.total
         ]
-        if faster:
-            best = min(faster, key=lambda change: change[1].time.total)
-            enough = (change for change in faster if _exchange_share(change[1]) < BOTTLENECK)
-            found.append(_remedy(*next(enough, best)))
-    return tuple(found)
+        for kind in kinds
+    ]
+    enough = [[change for change in kind if _exchange_share(change[1]) < BOTTLENECK] for kind in faster]
+    if any(enough):
+        return tuple(_remedy(*kind[0]) for kind in enough if kind)
+    return tuple(_remedy(*min(kind, key=lambda change: change[1].time.total)) for kind in faster if kind)
 
 
 def _remedy(overrides: tuple[str, ...], own: Estimate) -> Remedy:
-    return Remedy(overrides, own.memory.total, own.fits, own.time.total, own.time.data / own.time.total)
+    return Remedy(overrides, own.memory.total, own.fits, own.time.total, _exchange_share(own))
 
 
 def _exchanged_share(own: Estimate) -> float:
@@ -123,10 +127,12 @@ def _exchanged_share(own: Estimate) -> float:
 
 
 def _exchange_share(own: Estimate) -> float:
-    return _exchanged_share(own) * own.time.data / own.time.total
+    return own.time.data / own.time.total
 
 
-def _others(config: RunConfig, world_size: int, gpu: Gpu, assumed: Assumptions) -> Iterator[_Changes]:
+def _others(
+    config: RunConfig, world_size: int, gpu: Gpu, assumed: Assumptions, can_run: Callable[[RunConfig], bool]
+) -> Iterator[_Changes]:
     """The valid ones of `_kinds`."""
     for kind in _kinds(config, world_size, gpu):
         valid = []
@@ -135,7 +141,8 @@ def _others(config: RunConfig, world_size: int, gpu: Gpu, assumed: Assumptions) 
                 validate(changed, world_size)
             except ConfigError:
                 continue
-            valid.append((overrides, estimate(changed, world_size, gpu, assumed)))
+            if can_run(changed):
+                valid.append((overrides, estimate(changed, world_size, gpu, assumed)))
         yield valid
 
 

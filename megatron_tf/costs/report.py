@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from typing import Any
 
+from megatron_tf.costs.banks import BOTTLENECK
 from megatron_tf.telemetry.text import count_of, of_which_used, size, table
 
 
@@ -80,6 +81,8 @@ def _stage_lines(stage: dict[str, Any]) -> Iterable[str]:
             f"              {_duration(run['hours'] * 3600)} with checkpoints and failures: {_hours(run['gpu_hours'])} "
             f"GPU-hours, at most {max(run['megawatt_hours'], 0.1):,.1f} MWh without cooling"
         )
+    if stage["growth"] is not None:
+        yield f"  growth      {stage['growth']}"
     data = stage["data"]
     yield f"  data        {data['words'] if data else 'not on this machine, so passes over them are not known'}"
     for warning in data["warnings"] if data else ():
@@ -108,14 +111,20 @@ def _exchange(banks: dict[str, Any] | None, share: float) -> str:
     words = f"gradients of all parameters are reduced for the work of those that are used: {share:.1%} of the step"
     if banks is None or not banks["is_bottleneck"]:
         return f"{words}; a larger training.global_batch_size makes it less"
-    listed = "".join(
-        f", or with {' '.join(own['overrides'])} ({own['data_share']:.1%} of {_duration(own['step_seconds'])})"
-        for own in banks["exchange_remedies"]
+    remedies = banks["exchange_remedies"]
+    listed = ", or with ".join(
+        f"{' '.join(own['overrides'])} ({own['data_share']:.1%} of {_duration(own['step_seconds'])})"
+        for own in remedies
     )
-    return (
+    words = (
         f"{words}, so this exchange is its bottleneck; {banks['exchanged_share']:.1%} of them are those of candidates; "
-        f"it takes less with a larger training.global_batch_size{listed}"
+        "it takes less with a larger training.global_batch_size"
     )
+    if not remedies:
+        return words
+    if remedies[0]["data_share"] < BOTTLENECK:
+        return f"{words}, or with {listed}"
+    return f"{words}; less, but still {BOTTLENECK:.0%} or more, with {listed}"
 
 
 _PARTS = (

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any
+from pathlib import Path
+from typing import Any, NamedTuple
 
 from megatron_tf.config.run_plan import BatchPlan, plan_batches, topology_for
 from megatron_tf.config.schema import RunConfig
+from megatron_tf.config.sections.growth import Growth
+from megatron_tf.config.sections.model import Model
+from megatron_tf.config.stages import stage_name
 from megatron_tf.config.tasks import task_of
 from megatron_tf.config.validate import validate
 from megatron_tf.costs.advice import advise
@@ -21,8 +25,9 @@ from megatron_tf.costs.estimate import memory_per_rank, num_parameters, num_used
 from megatron_tf.costs.hardware import Assumptions, Gpu
 from megatron_tf.costs.law import ASSUMED_KAPPA, Findings, Range
 from megatron_tf.costs.layouts import Estimate, estimate, ranked
-from megatron_tf.errors import ConfigError, DataError
-from megatron_tf.growth.rules import chain_problems
+from megatron_tf.errors import CheckpointError, ConfigError, DataError
+from megatron_tf.growth.candidates import missing_candidates
+from megatron_tf.growth.rules import chain_problems, growth_problems
 
 
 @dataclass(frozen=True)
@@ -51,8 +56,8 @@ def plan(configs: Sequence[RunConfig], circumstances: Circumstances) -> dict[str
     another. All but memory, sent bytes and sizes are estimates. ConfigError when `scratch_tokens` is too small.
     """
     stages, estimates = [], []
-    for config in configs:
-        summary, chosen = _stage(config, circumstances)
+    for number in range(len(configs)):
+        summary, chosen = _stage(configs, number, circumstances)
         stages.append(summary)
         if chosen is not None:
             estimates.append(chosen)
@@ -88,13 +93,25 @@ def _kappa(circumstances: Circumstances) -> tuple[Range, str]:
     return ASSUMED_KAPPA, "an assumption; a study measures it"
 
 
-def _stage(config: RunConfig, circumstances: Circumstances) -> tuple[dict[str, Any], Estimate | None]:
+def _stage(
+    configs: Sequence[RunConfig], number: int, circumstances: Circumstances
+) -> tuple[dict[str, Any], Estimate | None]:
     """The summary of one run, and its estimate under its own layout, which is None when it cannot run as configured.
 
     Keys `unit` and `unit_tokens`: the unit in which the task's samples are counted ("tokens", "images"), and the
-    positions of one unit. Key `banks`: see BankCosts; None for a model without candidates.
+    positions of one unit. Key `banks`: see BankCosts; None for a model without candidates. Key `growth`: what is known
+    of the smaller model, in words; None without growth, and in a chain.
     """
+    config, is_alone = configs[number], len(configs) == 1
     world, gpu, assumed = circumstances.num_gpus, circumstances.gpu, circumstances.assumed
+
+    def named(overrides: Sequence[str]) -> list[str]:
+        return [override if is_alone else f"stages.{stage_name(config)}.{override}" for override in overrides]
+
+    def choice(own: Estimate) -> dict[str, Any]:
+        return {**_choice(own), "overrides": named(own.overrides())}
+
+    parent = _parent_of(config.growth) if is_alone and config.growth is not None else None
     summary: dict[str, Any] = {
         "name": config.run.name,
         "unit": task_of(config.model).unit,
@@ -102,18 +119,26 @@ def _stage(config: RunConfig, circumstances: Circumstances) -> tuple[dict[str, A
         "parameters": num_parameters(config.model),
         "used_parameters": num_used_parameters(config.model),
         "problems": [],
-        "best_layouts": [_choice(best) for best in ranked(config, world, gpu, assumed)[: circumstances.num_best]],
+        "best_layouts": [choice(best) for best in ranked(config, world, gpu, assumed)[: circumstances.num_best]],
     }
     try:
         validate(config, world)
     except ConfigError as error:
         summary["problems"] += error.problems
     summary["problems"] += _tokenizer_problems(config)
+    if is_alone:
+        summary["problems"] += _growth_problems(config, parent)
     if summary["problems"]:
         return summary, None
     chosen = estimate(config, world, gpu, assumed)
     topology, batches = topology_for(config, world), plan_batches(config, world)
-    time, banks = chosen.time, bank_costs(chosen, gpu, assumed)
+
+    def can_run(changed: RunConfig) -> bool:
+        if is_alone:
+            return not _growth_problems(changed, parent)
+        return not chain_problems([*configs[:number], changed, *configs[number + 1 :]])
+
+    time, banks = chosen.time, bank_costs(chosen, gpu, assumed, can_run)
     train_seconds = batches.train_steps * time.total
     checkpoints = plan_checkpoints(
         config.model,
@@ -131,14 +156,15 @@ def _stage(config: RunConfig, circumstances: Circumstances) -> tuple[dict[str, A
     lost = checkpoints.lost_share if lost is None else lost
     hours = train_seconds / (1 - lost) / 3600 if lost < 1 else math.inf
     summary |= {
-        **_choice(chosen),
+        **choice(chosen),
         "fits": chosen.fits,
         "precision": config.training.precision,
         "parameters_per_rank": parameters_per_rank(config.model, topology),
         "memory": {**asdict(chosen.memory), "total": chosen.memory.total},
         "usable_memory": assumed.usable_memory * (gpu.memory_bytes - assumed.reserved_bytes),
         "activations_by_checkpointing": _activations(config, world),
-        "banks": None if banks is None else asdict(banks),
+        "banks": None if banks is None else _with_names(asdict(banks), named),
+        "growth": None if not is_alone or config.growth is None else _growth_in_words(config.growth, parent),
         "num_micro_batches": batches.num_micro_batches,
         "step": {**asdict(time), "total": time.total, "tokens_per_second": time.tokens_per_second},
         "sent_bytes": sent_bytes_per_step(config, world),
@@ -159,6 +185,49 @@ def _stage(config: RunConfig, circumstances: Circumstances) -> tuple[dict[str, A
         "data": _data(config, batches),
     }
     return summary, chosen
+
+
+def _with_names(banks: dict[str, Any], named: Callable[[Sequence[str]], list[str]]) -> dict[str, Any]:
+    """`banks` with remedies whose overrides are `named`."""
+    kinds = "memory_remedies", "exchange_remedies"
+    return banks | {kind: [own | {"overrides": named(own["overrides"])} for own in banks[kind]] for kind in kinds}
+
+
+class Parent(NamedTuple):
+    """A checkpoint on this machine that a run grows from."""
+
+    path: Path
+    model: Model
+
+
+def _parent_of(growth: Growth) -> Parent | None:
+    """None when the run's source is not on this machine, or holds no complete checkpoint yet."""
+    if not os.path.exists(growth.source):
+        return None
+    from megatron_tf.checkpoint.architecture import stored_model
+    from megatron_tf.checkpoint.moments import resolve_at
+    from megatron_tf.checkpoint.reader import open_checkpoint
+
+    try:
+        reader = open_checkpoint(resolve_at(growth.source, growth.at))
+        return Parent(reader.path, stored_model(reader.index))
+    except CheckpointError:
+        return None
+
+
+def _growth_problems(config: RunConfig, parent: Parent | None) -> list[str]:
+    """Why the one run cannot grow from its parent, as far as that is known."""
+    if config.growth is None:
+        return []
+    if parent is None:
+        return [f"{problem}." for problem in missing_candidates(config.model, config.growth)]
+    return growth_problems(parent.model, config.model, config.growth)
+
+
+def _growth_in_words(growth: Growth, parent: Parent | None) -> str:
+    if parent is None:
+        return f"from {growth.source}, which has no complete checkpoint here: whether it can grow so was not checked"
+    return f"from {parent.path}, {num_parameters(parent.model):,} parameters"
 
 
 def _tokenizer_problems(config: RunConfig) -> list[str]:

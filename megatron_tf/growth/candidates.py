@@ -38,13 +38,11 @@ class CandidatesAxis(Axis):
             return removed
         changed = list(_changed(old, new))
         if growth.method == SPLIT:
-            return _split_problems(old, new, changed)
+            return _split_problems(old, new, growth, changed)
         if growth.method == BANK:
-            return _bank_problems(old, new, growth, changed)
+            return _bank_problems(old, new, growth)
         return [
-            f"model.{key}: {before} before, {after} after. Growth by {growth.method} appends tokens to the slots and "
-            "dense tokens that there are; to copy them to candidates, or candidates to more of them, set growth.method "
-            "to split; to put candidates next to the tokens of a dense model, to bank"
+            f"model.{key}: {before} before, {after} after. Growth by {growth.method} {_otherwise(key, before)}"
             for key, before, after in changed
         ]
 
@@ -112,27 +110,47 @@ def _changed(old: Model, new: Model) -> Iterator[tuple[str, Any, Any]]:
             yield key, *values
 
 
-def _without_banks(model: Model) -> str:
-    """The sentence on a split into a model that has no candidates."""
+def _otherwise(key: str, before: Any) -> str:
+    """What a method that appends tokens does instead of changing `key` of model.sparse, and the remedy."""
+    if before == "null":
+        return (
+            "makes no candidates: set growth.method to split, which copies tokens to candidates, or to bank, which "
+            "puts candidates next to them"
+        )
+    copied = ", or growth.method to split, which copies candidates to more of them" * key.endswith(".candidates")
+    return f"adds slots that are like those of the smaller model: set it to {before}{copied}"
+
+
+def missing_candidates(model: Model, growth: Growth, tokens: int | None = None) -> list[str]:
+    """A sentence when `growth` makes candidates and `model`, the bigger one, has none; empty otherwise.
+
+    `tokens`: the feed-forward tokens of the smaller model, where they are known.
+    """
+    if growth.method not in (SPLIT, BANK) or any(projection.bank for projection in projections(model).values()):
+        return []
     counts = architecture_of(model).token_counts(model)
     if not counts:
-        return (
-            f"growth.method: split copies parameter tokens to candidates, and a {model.architecture} has none. Remove "
-            "growth.method"
-        )
-    bank = suggested_bank(counts["ffn"])
-    remedy = f"Set model.sparse.ffn to {_written(bank)}, or" if bank else "Set"
-    return (
-        f"growth.method: split copies tokens to candidates, and the model has none. {remedy} growth.method to zero_key"
-    )
+        does = "copies parameter tokens to candidates" if growth.method == SPLIT else "adds parameter tokens"
+        return [f"growth.method: {growth.method} {does}, and a {model.architecture} has none. Remove growth.method"]
+    if growth.method == SPLIT:
+        bank = suggested_bank(counts["ffn"])
+        remedy = f"Set model.sparse.ffn to {_written(bank)}, or" if bank else "Set"
+        return [
+            "growth.method: split copies tokens to candidates, and the model has none. "
+            f"{remedy} growth.method to zero_key"
+        ]
+    dense = counts["ffn"] if tokens is None else tokens
+    return [
+        f"growth.method: bank adds candidates to the {dense} tokens, and the model has none. Set model.sparse.ffn "
+        f"to {{group_size: 256, candidates: 4, dense: {dense}}} and model.parameter_tokens.ffn to {dense + 256}, "
+        "or growth.method to zero_key"
+    ]
 
 
-def _split_problems(old: Model, new: Model, changed: list[tuple[str, Any, Any]]) -> list[str]:
+def _split_problems(old: Model, new: Model, growth: Growth, changed: list[tuple[str, Any, Any]]) -> list[str]:
     """Why `old` cannot be split into `new`, unless `new` has candidates of the tokens, or more of the candidates, that
     `old` has."""
-    problems = []
-    if not any(projection.bank for projection in projections(new).values()):
-        problems.append(_without_banks(new))
+    problems = missing_candidates(new, growth)
     for key, before, after in differing(old, new):
         if key.startswith(TOKENS):
             problems.append(
@@ -161,30 +179,18 @@ def _split_problems(old: Model, new: Model, changed: list[tuple[str, Any, Any]])
     return problems
 
 
-def _bank_problems(old: Model, new: Model, growth: Growth, changed: list[tuple[str, Any, Any]]) -> list[str]:
+def _bank_problems(old: Model, new: Model, growth: Growth) -> list[str]:
     """Why `old` cannot get banks as `new` has them, unless `old` has none, and all its tokens stay in use."""
+    before, after = (architecture_of(model).token_counts(model) for model in (old, new))
+    if missing := missing_candidates(new, growth, before.get("ffn")):
+        return missing
     banks = {projection.kind: projection for projection in projections(new).values() if projection.bank}
-    if not banks:
-        counts = architecture_of(old).token_counts(old)
-        if not counts:
-            return [
-                f"growth.method: bank adds parameter tokens, and a {old.architecture} has none. Remove growth.method"
-            ]
-        dense = counts["ffn"]
-        return [
-            f"growth.method: bank adds candidates to the {dense} tokens, and the model has none. Set model.sparse.ffn "
-            f"to {{group_size: 256, candidates: 4, dense: {dense}}} and model.parameter_tokens.ffn to {dense + 256}, "
-            "or growth.method to zero_key"
-        ]
     if any(projection.bank for projection in projections(old).values()):
-        differ = [f"model.{key}: {before} before, {after} after" for key, before, after in changed]
         return [
-            *differ,
-            "growth.method: bank begins with a dense model, and the smaller one has model.sparse "
-            "already. Set it to zero_key to add slots, or to split to copy candidates to more of them",
+            "growth.method: bank begins with a dense model, and the smaller one has model.sparse already. Set it to "
+            "zero_key to add slots like those that there are, or to split to copy candidates to more of them"
         ]
     problems = []
-    before, after = (architecture_of(model).token_counts(model) for model in (old, new))
     for kind, projection in banks.items():
         assert projection.bank is not None
         dense = after[kind] - projection.bank.slots * projection.bank.group_size

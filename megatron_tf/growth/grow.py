@@ -12,6 +12,7 @@ from megatron_tf.checkpoint.source import CheckpointSource
 from megatron_tf.config.optimizers import DEFAULT, OPTIMIZERS
 from megatron_tf.config.sections.growth import Growth
 from megatron_tf.config.sections.model import Model
+from megatron_tf.config.validate import check_model
 from megatron_tf.errors import ConfigError
 from megatron_tf.growth.rules import DEFAULTS, growth_problems
 from megatron_tf.growth.source import GrownSource, growth_entry, growth_seed
@@ -33,9 +34,10 @@ def grow(
     `seed`: the run's.  `data`: fingerprint of the training data of the bigger model. If it equals that of the smaller
     one, or is None, reading goes on where the smaller one stopped; otherwise it begins at the first sample.
     `optimizer`: of the bigger model, a name of the configuration.
-    ConfigError, with all problems, when growth does not lead from the one model to the other, a method cannot grow this
-    model, or states are to be kept that `optimizer` does not know.
+    ConfigError, with all problems, when `model` is not valid, growth does not lead from the one model to the other, a
+    method cannot grow this model, or states are to be kept that `optimizer` does not know.
     """
+    check_model(model)
     index = reader.index
     check_growable(index, model, growth)
     keeps = index.states != (WEIGHT,) and growth.moments == "keep"

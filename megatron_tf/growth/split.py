@@ -162,6 +162,25 @@ def copies(old: Model, new: Model) -> dict[str, tuple[str, Copies]]:
     return {} if before == after else dict(_copies(old, new))
 
 
+def apart(first: Model, second: Model) -> frozenset[str]:
+    """The tensors of candidates that both have, but with other rows: neither model is a split of the other.
+
+    Slots that only one has come after those of both, so they alone change nothing.
+    """
+    if not (isinstance(first, TokenFormerModel) and isinstance(second, TokenFormerModel)):
+        return frozenset()
+    if copies(first, second) or copies(second, first):
+        return frozenset()
+    banks = banks_of(first), banks_of(second)
+    kinds = {kind for kind in banks[0].keys() & banks[1].keys() if banks[0][kind] != banks[1][kind]}
+    return frozenset(
+        f"{name}.{tensor}"
+        for name, projection in projections(first).items()
+        if projection.kind in kinds
+        for tensor in ("bank.key_tokens", "bank.value_tokens", "bank.router", "bank.balance")
+    )
+
+
 def _copies(old: TokenFormerModel, new: TokenFormerModel) -> Iterator[tuple[str, tuple[str, Copies]]]:
     """(name, (name of the old tensor, `Copies`)) for each tensor of the bigger model that holds copies."""
     table = parameter_table(new)

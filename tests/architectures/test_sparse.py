@@ -109,7 +109,11 @@ def test_the_section_is_read_and_written(tmp_path: Path):
         (
             {"ffn": 101, "tensor": 4},
             r"parallel.tensor: 4 does not divide the 6 slots of model.sparse.ffn \(96 tokens in groups of 16\), and a "
-            r"rank holds whole slots. Set parallel.tensor to 3 or 6, or model.parameter_tokens.ffn to 69 or 133.",
+            r"rank holds whole slots. Set parallel.tensor to 2, or model.parameter_tokens.ffn to 69 or 133.",
+        ),
+        (
+            {"ffn": 5, "tensor": 2},
+            "^model.sparse.ffn.dense: 5 tokens are used by every position, which leaves none .* to 21.$",
         ),
         (
             {"ffn": 133, "tensor": 8, "bank": {"group_size": 32, "candidates": 3, "dense": 5}},
@@ -121,6 +125,19 @@ def test_the_section_is_read_and_written(tmp_path: Path):
 def test_what_does_not_divide(changes, message):
     with pytest.raises(ConfigError, match=message):
         validate(config(**changes), changes.get("tensor", 1))
+
+
+def test_sizes_of_the_tensor_group_divide_heads_and_slots():
+    """Each message names sizes that the other rules allow as well."""
+    for tensor, message in (
+        (6, "parallel.tensor: 6 does not divide the 9 slots .* Set parallel.tensor to 3, or model.sparse.ffn"),
+        (9, "parallel.tensor: 9 does not divide model.num_attention_heads 12. Set it to 3.$"),
+    ):
+        sizes = {"hidden_size": 96, "num_attention_heads": 12, "parameter_tokens": {**TOKENS, "ffn": 288}}
+        bank = {"ffn": {"group_size": 32, "candidates": 3}}
+        own = run_config(model={**sizes, "sparse": bank}, parallel={"tensor": tensor})
+        with pytest.raises(ConfigError, match=message):
+            validate(own, tensor)
 
 
 def test_a_section_without_a_bank_and_slots_of_each_projection():

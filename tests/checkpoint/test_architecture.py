@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 
-from megatron_tf.checkpoint.architecture import check_same_architecture, stored_model, token_counts
+from megatron_tf.checkpoint.architecture import check_evaluable, check_same_architecture, stored_model, token_counts
 from megatron_tf.checkpoint.format import CheckpointIndex, expected_tensors
 from megatron_tf.config.architectures import architecture_of
 from megatron_tf.config.sections.growth import Growth
@@ -82,6 +82,33 @@ def test_differing_token_counts_lead_to_growth():
     assert "model.parameter_tokens.qkv: checkpoint 6, configuration 7" in str(caught.value)
     assert "model.parameter_tokens.ffn: checkpoint 24, configuration 30" in str(caught.value)
     assert "growth.from" in str(caught.value)
+
+
+def test_what_makes_other_candidates_is_named():
+    def sparse(**bank) -> Model:
+        return model(ffn=64, sparse={"ffn": {"group_size": 16, "candidates": 4, **bank}})
+
+    for old, new, remedy in (
+        (
+            model(ffn=64),
+            sparse(),
+            "set growth.from to this checkpoint, growth.method to split or bank, and use another",
+        ),
+        (sparse(), sparse(candidates=8), "set growth.from to this checkpoint, growth.method to split, and use another"),
+        (sparse(), sparse(candidates=6), "Restore these keys. Other candidates are made by a growth by split"),
+        (sparse(), sparse(candidates=2), "or by megatron_tf prune, which makes fewer."),
+        (sparse(), model(ffn=64), "or by megatron_tf prune, which makes fewer."),
+        (sparse(), sparse(group_size=32), "Restore these keys."),
+    ):
+        with pytest.raises(CheckpointError, match="is of another architecture:") as caught:
+            check_same_architecture(index(old), new)
+        assert remedy in str(caught.value).splitlines()[-1], caught.value
+
+
+def test_a_weight_of_a_loss_may_change():
+    banks = {"ffn": {"group_size": 16, "candidates": 4}}
+    check_same_architecture(index(model(ffn=64, sparse=banks)), model(ffn=64, sparse={**banks, "z_loss": 1e-3}))
+    check_evaluable(index(model(ffn=64, sparse=banks)), model(ffn=64, sparse={**banks, "z_loss": 1e-3}))
 
 
 def test_two_architectures_are_never_mixed_up():

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from megatron_tf.config import load_config
+from megatron_tf.config.stages import load_stages
 from megatron_tf.config.validate import validate
 from megatron_tf.costs.banks import BOTTLENECK, bank_costs
 from megatron_tf.costs.estimate import candidates_per_rank
@@ -112,16 +113,42 @@ def test_the_exchange_of_gradients_is_named_as_the_bottleneck():
     assert found.exchanged_share == pytest.approx(16 * KEYS_AND_VALUES / 761_908_416, rel=1e-6)
     now = estimate(load(*batch), 16, find_gpu("l40s"), ASSUMED)
     kinds = [own.overrides for own in found.exchange_remedies]
-    assert ("parallel.engine=torch", "parallel.shard=optimizer") in kinds and ("parallel.pipeline=8",) in kinds
+    assert kinds == [("parallel.pipeline=8",)]  # no other makes it less than a fifth of the step
     assert all(own.fits and own.step_seconds < now.time.total for own in found.exchange_remedies)
+    assert all(own.data_share < BOTTLENECK for own in found.exchange_remedies)
     words = text(16, *batch, gpu="l40s")
     assert (
         f"{now.time.data / now.time.total:.1%} of the step, so this exchange is its bottleneck; 89.2% of them are "
-        "those of candidates; it takes less with a larger training.global_batch_size, or with parallel.engine=torch "
-        "parallel.shard=optimizer ("
+        "those of candidates; it takes less with a larger training.global_batch_size, or with parallel.pipeline=8 "
+        "("
     ) in words, words
     larger = costs(16, "training.micro_batch_size=32", "training.global_batch_size=16384", gpu="l40s")
     assert not larger.is_bottleneck and larger.exchange_remedies == ()
+
+
+def test_remedies_of_a_stage_are_its_own_and_leave_the_chain_one():
+    """Each can be given as it is written, for one stage, and the stages around it can still grow."""
+    chain = CONFIG.with_name("chain_sparse.yml")
+    circumstances = Circumstances(64, find_gpu("h100"), 0.1, 1e9, 60, num_best=1)
+    batch = "training.micro_batch_size=8"
+    made = plan(load_stages(chain, [batch]), circumstances)
+    assert made["problems"] == []
+    seen = 0
+    for number, name in ((1, "candidates4"), (2, "candidates16")):
+        remedies = made["stages"][number]["banks"]["exchange_remedies"]
+        assert remedies
+        for own in remedies:
+            assert all(override.startswith(f"stages.{name}.") for override in own["overrides"])
+            other = plan(load_stages(chain, [batch, *own["overrides"]]), circumstances)
+            assert other["problems"] == [] and other["stages"][number]["step"]["total"] == own["step_seconds"]
+            seen += "candidates=" in own["overrides"][0]
+    # 4 before it: not 4 again
+    assert seen and made["stages"][2]["banks"]["exchange_remedies"][-1]["overrides"] == [
+        "stages.candidates16.model.sparse.ffn.candidates=8"
+    ]
+    assert "less, but still 20% or more, with stages.candidates16.parallel.engine=torch" in report(made)
+    best = made["stages"][1]["best_layouts"][0]["overrides"]
+    assert plan(load_stages(chain, [batch, *best]), circumstances)["problems"] == []
 
 
 def test_nothing_is_said_without_need():

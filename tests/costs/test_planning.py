@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from megatron_tf.checkpoint.step_zero import write_step_zero
 from megatron_tf.config import load_config
 from megatron_tf.config.run_plan import plan_batches, topology_for
 from megatron_tf.config.stages import load_stages
@@ -28,7 +29,9 @@ from megatron_tf.costs.hardware import GPUS, Assumptions, find_gpu, group_bandwi
 from megatron_tf.costs.law import cost_ratio
 from megatron_tf.costs.layouts import estimate, ranked
 from megatron_tf.costs.roofline import step_time
+from megatron_tf.costs.summary import Circumstances, plan
 from megatron_tf.errors import ConfigError
+from megatron_tf.state.sources import InitialSource, StepZero
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 ASSUMED = Assumptions()
@@ -260,3 +263,22 @@ def test_auto_takes_no_form_of_the_norm_that_is_slower_by_the_estimate(name, ten
         return step_time(config, 8, H100, ASSUMED).total
 
     assert seconds("auto") <= min(seconds("direct"), seconds("gram"))
+
+
+def test_a_growth_is_checked_against_its_parent_where_that_is_here(tmp_path):
+    def summary(*overrides):
+        circumstances = Circumstances(2, H100, 0.1, 1e9, 60, num_best=1)
+        source = f"growth.from={tmp_path / 'small'}"
+        return plan([load("tiny_split", source, *overrides)], circumstances)["stages"][0]
+
+    away = summary("growth.method=gram")
+    assert away["problems"] == []
+    assert away["growth"].endswith("has no complete checkpoint here: whether it can grow so was not checked")
+    (problem,) = summary("model.sparse=null")["problems"]  # needs no parent to be known
+    assert "split copies tokens to candidates, and the model has none." in problem
+    small = load("tiny").model
+    start = StepZero(InitialSource(small, 3), 0, 0, ())
+    path = write_step_zero(tmp_path / "small" / "checkpoints", small, start, {}, lambda done, text: None)
+    assert summary()["problems"] == [] and summary()["growth"] == f"from {path}, 1,573,120 parameters"
+    (problem,) = summary("growth.method=gram")["problems"]
+    assert "model.sparse.ffn: null before, {group_size: 64, candidates: 4} after. Growth by gram makes no" in problem

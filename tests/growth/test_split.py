@@ -268,7 +268,14 @@ def test_what_cannot_be_split_is_said_before():
         (large, large, "split", "the smaller model has those of model.sparse already"),
         (small, large, "zero_key", "model.sparse.ffn: null before, {group_size: 16, candidates: 3, dense: 5} after."),
         (small, large, "zero_key",
-         "to copy them to candidates, or candidates to more of them, set growth.method to split"),
+         "Growth by zero_key makes no candidates: set growth.method to split, which copies tokens to candidates, or to "
+         "bank"),
+        (large, model({**BANK, "candidates": 6}), "zero_key",
+         "model.sparse.ffn.candidates: 3 before, 6 after. Growth by zero_key adds slots that are like those of the "
+         "smaller model: set it to 3, or growth.method to split, which copies candidates to more of them."),
+        (large, model({**BANK, "dense": 21}), "gram",
+         "model.sparse.ffn.dense: 5 before, 21 after. Growth by gram adds slots that are like those of the smaller "
+         "model: set it to 5."),
     ):  # fmt: skip
         problems = growth_problems(old, new, Growth(source="x", method=method))
         assert any(message in problem for problem in problems), problems

@@ -18,7 +18,7 @@ from tooling import tool
 from megatron_tf.checkpoint.compare import compare
 from megatron_tf.checkpoint.reader import open_checkpoint
 from megatron_tf.commands.expand_checkpoint import about_width
-from megatron_tf.commands.inspect_checkpoint import split_between
+from megatron_tf.commands.inspect_checkpoint import between
 from megatron_tf.state.optimizer_states import STATES, WEIGHT
 
 TOOL = PROJECT / "tools" / "expand_checkpoint.py"
@@ -101,6 +101,24 @@ def test_a_dry_run_of_a_split(expand):
         assert line in lines, done.stdout
 
 
+@pytest.mark.parametrize(
+    ("bank", "message"),
+    [
+        (
+            "{group_size: 32, candidates: 3}",
+            "the other 37 are no whole slots of model.sparse.ffn.group_size 32 tokens.",
+        ),
+        ("{group_size: 16, candidates: 3, dense: 60}", "model.sparse.ffn.dense: 60 tokens are used by every position"),
+    ],
+)
+def test_a_model_that_is_not_valid_is_refused_before_anything_is_written(folder, expand, bank, message):
+    for more in ((), ("--dry-run",)):
+        sparse = f"model.sparse={{ffn: {bank}}}"
+        done = expand("invalid", "growth.from=x", "growth.method=split", sparse, *more, bigger=())
+        assert done.returncode == 2 and message in done.stderr and "function" not in done.stdout, done.stdout
+    assert not (folder / "invalid").exists()
+
+
 def test_clones_that_never_differ_are_said():
     width = {"from": {"hidden_size": 16}, "to": {"hidden_size": 32}, "clone_noise": 0.1}
     line = "hidden_size 16 -> 32 by cloning; moments of all: 0"
@@ -134,6 +152,7 @@ def test_a_split_of_what_was_split_is_told_and_written(folder, expand):
     before, after = reader.index.growth_history
     assert before["sparse"]["from"] is None and after["sparse"]["from"] == before["sparse"]["to"]
     assert_copies_are_found(folder)
+    assert_other_candidates_are_not_compared(folder, expand)
     other = more.replace("candidates: 6", "candidates: 4")
     done = expand("no", "growth.from=x", "growth.method=split", other, source="split", bigger=())
     assert done.returncode == 2 and "3 before, 4 after. Each candidate is split into as many copies" in done.stderr
@@ -147,7 +166,7 @@ def assert_copies_are_found(folder: Path) -> None:
     )
     for one, other in ((small, split), (split, again)):
         for first, second in ((one, other), (other, one)):
-            found = {(d.name, d.state): d for d in compare(first, second, split_between(first, second))}
+            found = {(d.name, d.state): d for d in compare(first, second, between(first.index, second.index)[1])}
             for (name, state), d in found.items():
                 # a copy's own part is added to its router
                 parted = one is split and name.endswith("bank.router") and state == WEIGHT
@@ -155,6 +174,20 @@ def assert_copies_are_found(folder: Path) -> None:
             for name in ("blocks.0.ffn.bank.key_tokens", "blocks.1.ffn.bank.value_tokens"):
                 numel = math.prod(other.index.tensors[name].shape)
                 assert {found[name, state].compared for state in STATES} == {numel}
+
+
+def assert_other_candidates_are_not_compared(folder: Path, expand) -> None:
+    """A split into larger candidates of the same tokens holds as many numbers, but of other tokens."""
+    larger = SPLIT.replace("group_size: 16", "group_size: 32")
+    assert expand("larger", "growth.from=x", "growth.method=split", larger, bigger=()).returncode == 0
+    done = tool("inspect_checkpoint", folder / "split", "--diff", folder / "larger")
+    lines = [" ".join(line.split()) for line in done.stdout.splitlines()]
+    assert done.returncode == 1 and "model.sparse.ffn.group_size 16 / 32" in lines, done.stdout
+    assert "blocks.0-1.ffn.bank.key_tokens weight [96, 32] / [96, 32] not compared" in lines, done.stdout
+    assert not any(line.startswith("blocks.0-1.attention") for line in lines[lines.index("models differ") :])
+    found = json.loads(tool("inspect_checkpoint", folder / "split", "--diff", folder / "larger", "--json").stdout)
+    assert found["model_differences"] == {"sparse.ffn.group_size": [16, 32]}
+    assert {d["compared"] for d in found["differences"]} == {0}
 
 
 def assert_alike(source: Path, runs: Path) -> None:

@@ -18,6 +18,7 @@ from megatron_tf.architectures.tokenformer.section import (
     bank_of,
     bank_problems,
     bank_spec,
+    slot_counts,
 )
 from megatron_tf.architectures.tokenformer.work import block_collectives, block_work, step_collectives
 from megatron_tf.architectures.work import BlockWork, Collectives
@@ -34,9 +35,15 @@ class TokenFormerArchitecture(Architecture):
     def problems(self, model: Model) -> Iterator[str]:
         return bank_problems(as_tokenformer(model))
 
+    def shared_counts(self, model: Model) -> tuple[int, ...]:
+        return *super().shared_counts(model), *slot_counts(as_tokenformer(model)).values()
+
     def layout_problems(self, config: RunConfig) -> Iterator[str]:
         split = config.growth is not None and config.growth.method == "split"
-        yield from bank_layout_problems(as_tokenformer(config.model), config.parallel.tensor, counts_are_given=split)
+        near = self.tensor_sizes_near(config.model, config.parallel.tensor)
+        yield from bank_layout_problems(
+            as_tokenformer(config.model), config.parallel.tensor, near, counts_are_given=split
+        )
         yield from form_problems(as_tokenformer(config.model), config.training)
 
     def losses(self, model: Model) -> tuple[str, ...]:

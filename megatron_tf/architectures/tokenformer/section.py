@@ -10,7 +10,7 @@ from pydantic import Field
 from megatron_tf.architectures.spec import BankSpec
 from megatron_tf.config.activations import DEFAULT_ACTIVATION
 from megatron_tf.config.fields import NonNegative, Section
-from megatron_tf.config.nearest import divisors, divisors_near, either, multiples_near
+from megatron_tf.config.nearest import divisors, either, multiples_near
 from megatron_tf.config.sections.model import ActivationName, Model, ParameterTokens
 from megatron_tf.telemetry.text import count_of
 
@@ -134,17 +134,29 @@ def bank_problems(model: TokenFormerModel) -> Iterator[str]:
             )
 
 
-def bank_layout_problems(model: TokenFormerModel, tensor: int, *, counts_are_given: bool) -> Iterator[str]:
+def slot_counts(model: TokenFormerModel) -> dict[str, int]:
+    """The number of slots by kind of projection, of banks that have whole ones; `bank_problems` has the others."""
+    tokens = {kind: getattr(model.parameter_tokens, kind) - bank.dense for kind, bank in banks_of(model).items()}
+    sizes = {kind: bank.group_size for kind, bank in banks_of(model).items()}
+    return {
+        kind: tokens[kind] // sizes[kind] for kind in tokens if tokens[kind] > 0 and tokens[kind] % sizes[kind] == 0
+    }
+
+
+def bank_layout_problems(
+    model: TokenFormerModel, tensor: int, sizes_near: list[int], *, counts_are_given: bool
+) -> Iterator[str]:
     """Sentences on slots that the tensor ranks cannot share evenly.
 
+    `sizes_near`: values of parallel.tensor that are possible.
     `counts_are_given`: no other number of tokens is a remedy, since a split keeps that of the smaller model.
     """
-    for kind, bank in banks_of(model).items():
-        used = getattr(model.parameter_tokens, kind)
-        slots, in_slots = bank.slots(used), used - bank.dense
+    for kind, slots in slot_counts(model).items():
+        bank = banks_of(model)[kind]
+        in_slots = slots * bank.group_size
         if slots % tensor == 0:
             continue
-        ways = [f"parallel.tensor to {either(divisors_near(slots, tensor))}"]
+        ways = [f"parallel.tensor to {either(sizes_near)}"]
         sizes = [size for size in divisors(in_slots) if size % 16 == 0 and in_slots // size % tensor == 0]
         if sizes:
             ways.append(f"model.sparse.{kind}.group_size to {either(sizes)}")

@@ -49,7 +49,7 @@ class TransformerArchitecture(Architecture):
         if shared % tensor:
             yield (
                 f"parallel.tensor: {tensor} does not divide model.num_key_value_heads {shared}. "
-                f"Set it to {either(divisors_near(shared, tensor))}."
+                f"Set it to {either(self.tensor_sizes_near(config.model, tensor))}."
             )
 
     def key_value_heads(self, model: Model) -> int:

@@ -46,7 +46,7 @@ def sharding_problems(config: RunConfig) -> Iterator[str]:
     if model.num_attention_heads % tensor:
         yield (
             f"parallel.tensor: {tensor} does not divide model.num_attention_heads {model.num_attention_heads}. "
-            f"Set it to {either(divisors_near(model.num_attention_heads, tensor))}."
+            f"Set it to {either(architecture_of(model).tensor_sizes_near(model, tensor))}."
         )
     rows = architecture_of(model).sharded_rows(model)
     for key, count in {**task_of(model).sharded_rows(model), **rows}.items():
