@@ -23,9 +23,9 @@ class StateDifference:
     """The difference of one state of one tensor.
 
     `shapes`: of the first and the second checkpoint, None where it is missing.  `compared`: the number of leading
-    elements that both have (a grown tensor has its old rows in front); 0 where they are of different things.
-    `unequal`: how many of them differ.
-    `largest`: the largest absolute difference among them; NaN when a NaN is compared with another value.
+    elements that both have (a grown tensor has its old rows in front); 0 where they cannot be compared.  `unequal`: how
+    many of them differ.  `largest`: the largest absolute difference among them; NaN when a NaN is compared with another
+    value.
     """
 
     name: str

@@ -103,8 +103,9 @@ def describe(config: RunConfig, growth: Growth, reader: CheckpointReader, start:
         if grows and growth.method == BANK and used[kind].bank and not banks[kind]:
             row += f", {used[kind].bank}"
         if growth.method == SPLIT and used[kind].bank:
+            bank = banks[kind]
             row = f"{count:,} tokens, copied to {used[kind].bank}"
-            if bank := banks[kind]:
+            if bank is not None:
                 row = f"{count:,} tokens, {bank.candidates} candidates copied to {used[kind].bank}"
             if bank == used[kind].bank:
                 row = f"{count:,} tokens, {bank}, as they are"

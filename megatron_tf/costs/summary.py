@@ -201,17 +201,17 @@ class Parent(NamedTuple):
 
 
 def _parent_of(growth: Growth) -> Parent | None:
-    """None when the run's source is not on this machine, or holds no complete checkpoint yet."""
+    """None when the run's source is not on this machine, holds no complete checkpoint yet, or torch is missing."""
     if not os.path.exists(growth.source):
         return None
-    from megatron_tf.checkpoint.architecture import stored_model
-    from megatron_tf.checkpoint.moments import resolve_at
-    from megatron_tf.checkpoint.reader import open_checkpoint
-
     try:
+        from megatron_tf.checkpoint.architecture import stored_model
+        from megatron_tf.checkpoint.moments import resolve_at
+        from megatron_tf.checkpoint.reader import open_checkpoint
+
         reader = open_checkpoint(resolve_at(growth.source, growth.at))
         return Parent(reader.path, stored_model(reader.index))
-    except CheckpointError:
+    except (CheckpointError, ModuleNotFoundError):
         return None
 
 
@@ -226,7 +226,7 @@ def _growth_problems(config: RunConfig, parent: Parent | None) -> list[str]:
 
 def _growth_in_words(growth: Growth, parent: Parent | None) -> str:
     if parent is None:
-        return f"from {growth.source}, which has no complete checkpoint here: whether it can grow so was not checked"
+        return f"from {growth.source}, of which no checkpoint can be read here: whether it can grow was not checked"
     return f"from {parent.path}, {num_parameters(parent.model):,} parameters"
 
 

@@ -273,7 +273,7 @@ def test_a_growth_is_checked_against_its_parent_where_that_is_here(tmp_path):
 
     away = summary("growth.method=gram")
     assert away["problems"] == []
-    assert away["growth"].endswith("has no complete checkpoint here: whether it can grow so was not checked")
+    assert away["growth"].endswith("no checkpoint can be read here: whether it can grow was not checked")
     (problem,) = summary("model.sparse=null")["problems"]  # needs no parent to be known
     assert "split copies tokens to candidates, and the model has none." in problem
     small = load("tiny").model

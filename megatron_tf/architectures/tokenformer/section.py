@@ -136,11 +136,12 @@ def bank_problems(model: TokenFormerModel) -> Iterator[str]:
 
 def slot_counts(model: TokenFormerModel) -> dict[str, int]:
     """The number of slots by kind of projection, of banks that have whole ones; `bank_problems` has the others."""
-    tokens = {kind: getattr(model.parameter_tokens, kind) - bank.dense for kind, bank in banks_of(model).items()}
-    sizes = {kind: bank.group_size for kind, bank in banks_of(model).items()}
-    return {
-        kind: tokens[kind] // sizes[kind] for kind in tokens if tokens[kind] > 0 and tokens[kind] % sizes[kind] == 0
-    }
+    found = {}
+    for kind, bank in banks_of(model).items():
+        in_slots = getattr(model.parameter_tokens, kind) - bank.dense
+        if in_slots > 0 and in_slots % bank.group_size == 0:
+            found[kind] = in_slots // bank.group_size
+    return found
 
 
 def bank_layout_problems(
