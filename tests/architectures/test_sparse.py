@@ -78,7 +78,9 @@ def test_the_section_is_read_and_written(tmp_path: Path):
     assert load_config(file) == config()
     with pytest.raises(ConfigError, match="model.sparse.ffn.group_size: .*multiple of 16"):
         load_config(file, ["model.sparse.ffn.group_size=24"])
-    with pytest.raises(ConfigError, match="model.sparse.ffn.candidates: .*at least 2"):
+    with pytest.raises(
+        ConfigError, match="model.sparse.ffn.candidates: .*at least 2. With 1 a projection is dense: set it to null in"
+    ):
         load_config(file, ["model.sparse.ffn.candidates=1"])
     with pytest.raises(ConfigError, match="model.sparse.mlp: unknown key. The keys of model.sparse are"):
         load_config(file, ["model.sparse.mlp=null"])

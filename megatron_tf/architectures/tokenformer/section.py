@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import Field
+from pydantic import BeforeValidator, Field
 
 from megatron_tf.architectures.spec import BankSpec
 from megatron_tf.config.activations import DEFAULT_ACTIVATION
@@ -15,12 +15,18 @@ from megatron_tf.config.sections.model import ActivationName, Model, ParameterTo
 from megatron_tf.telemetry.text import count_of
 
 
+def _several(candidates: Any) -> Any:
+    if candidates == 1 and candidates is not True:
+        raise ValueError("must be at least 2. With 1 a projection is dense: set it to null in model.sparse")
+    return candidates
+
+
 class Bank(Section):
     """Tokens in slots. A slot has several candidates, groups of tokens, and a position uses one of them."""
 
     group_size: Annotated[int, Field(ge=16, lt=2**31, multiple_of=16)]
     """[tokens] Size of a candidate. parameter_tokens, less `dense`, is a multiple of it: that many slots."""
-    candidates: Annotated[int, Field(ge=2, lt=2**31)]
+    candidates: Annotated[int, Field(ge=2, lt=2**31), BeforeValidator(_several)]
     """Groups of tokens in each slot, of which a position uses one. One alone would be the dense model."""
     dense: Annotated[int, Field(ge=0, lt=2**31)] = 0
     """[tokens] How many of parameter_tokens are used by every position, and are in no slot."""

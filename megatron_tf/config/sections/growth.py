@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import Field
+from pydantic import BeforeValidator, Field
 
 from megatron_tf.config.fields import Count, Fraction, NonNegative, Path, Section
 
-TokenMethod = Literal["zero_key", "gram", "random", "matched"]
+
+def _of_one_projection(method: Any) -> Any:
+    if method in ("split", "bank"):
+        raise ValueError("must be a method that adds tokens. Candidates of all projections are made by growth.method")
+    return method
+
+
+TokenMethod = Annotated[Literal["zero_key", "gram", "random", "matched"], BeforeValidator(_of_one_projection)]
 GrowthMethod = Literal["zero_key", "gram", "random", "matched", "split", "bank"]
 DepthMethod = Literal["identity", "stack", "interleave"]
 Moment = Literal["end", "before_decay"]
