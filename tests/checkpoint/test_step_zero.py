@@ -26,7 +26,7 @@ DATA = {"seed": 5, "sources": []}
 
 def model(qkv: int, ffn: int) -> Model:
     return Model.model_validate(
-        {"num_layers": 2, "hidden_size": 8, "num_attention_heads": 2, "seq_length": 16, "vocab_size": 32,
+        {"num_layers": 2, "hidden_size": 8, "num_attention_heads": 1, "seq_length": 16, "vocab_size": 32,
          "parameter_tokens": {"qkv": qkv, "proj": qkv, "ffn": ffn}}
     )  # fmt: skip
 

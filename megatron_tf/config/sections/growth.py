@@ -8,6 +8,11 @@ from pydantic import BeforeValidator, Field
 
 from megatron_tf.config.fields import Count, Fraction, NonNegative, Path, Section
 
+TokenMethod = Literal["zero_key", "gram", "random", "matched"]
+GrowthMethod = Literal["zero_key", "gram", "random", "matched", "split", "bank"]
+DepthMethod = Literal["identity", "stack", "interleave"]
+Moment = Literal["end", "before_decay"]
+
 
 def _of_one_projection(method: Any) -> Any:
     if method in ("split", "bank"):
@@ -15,10 +20,7 @@ def _of_one_projection(method: Any) -> Any:
     return method
 
 
-TokenMethod = Annotated[Literal["zero_key", "gram", "random", "matched"], BeforeValidator(_of_one_projection)]
-GrowthMethod = Literal["zero_key", "gram", "random", "matched", "split", "bank"]
-DepthMethod = Literal["identity", "stack", "interleave"]
-Moment = Literal["end", "before_decay"]
+_MethodOfOne = Annotated[TokenMethod, BeforeValidator(_of_one_projection)]
 
 
 class LearningRates(Section):
@@ -37,11 +39,11 @@ class LearningRates(Section):
 
 
 class GrowthMethods(Section):
-    qkv: TokenMethod | None = None
+    qkv: _MethodOfOne | None = None
     """Method for query, key and value. null: growth.method."""
-    proj: TokenMethod | None = None
+    proj: _MethodOfOne | None = None
     """Method for the attention output projection. null: growth.method."""
-    ffn: TokenMethod | None = None
+    ffn: _MethodOfOne | None = None
     """Method for the feed-forward Pattention. null: growth.method."""
 
 
