@@ -83,6 +83,11 @@ class BankSpec:
     candidates: int
     group_size: int
 
+    @property
+    def used_tokens(self) -> int:
+        """How many of its tokens a position uses."""
+        return self.slots * self.group_size
+
     def __str__(self) -> str:
         slots = "1 slot" if self.slots == 1 else f"each of {self.slots} slots"
         return f"{self.candidates} candidates in {slots} of {self.group_size}"

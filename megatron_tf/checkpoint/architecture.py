@@ -71,7 +71,7 @@ def check_prunable(model: Model, counts: Mapping[str, int]) -> None:
         if bank := projection.bank:
             problems.append(
                 f"model.sparse.{kind}: the {kind} projections cannot lose some of their {projection.tokens} tokens, "
-                f"because positions choose {bank.slots * bank.group_size} of them among {bank} tokens. Give "
+                f"because positions choose {bank.used_tokens} of them among {bank} tokens. Give "
                 f"--candidates {kind}=1, which makes the model dense, and prune that one"
             )
         elif (projection.keys, projection.values) != (("key_tokens",), ("value_tokens",)):

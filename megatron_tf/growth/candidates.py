@@ -193,7 +193,7 @@ def _bank_problems(old: Model, new: Model, growth: Growth) -> list[str]:
     problems = []
     for kind, projection in banks.items():
         assert projection.bank is not None
-        dense = after[kind] - projection.bank.slots * projection.bank.group_size
+        dense = after[kind] - projection.bank.used_tokens
         if dense != before[kind]:
             problems.append(
                 f"model.sparse.{kind}.dense: {dense}, and the smaller model has {before[kind]} {kind} tokens, which "

@@ -115,7 +115,7 @@ class HealthProbe:
         self._projections = projections
         self._num_tokens = {projection.kind: projection.tokens for projection in projections}
         # of kinds with candidates: the tokens that all positions use
-        self._common_tokens = {p.kind: p.tokens - p.bank.slots * p.bank.group_size for p in projections if p.bank}
+        self._common_tokens = {p.kind: p.tokens - p.bank.used_tokens for p in projections if p.bank}
         self._old_tokens = old_tokens
         self._is_reporter = is_reporter
         self._device = next(stage.parameters()).device

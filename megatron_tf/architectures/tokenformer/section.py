@@ -144,9 +144,9 @@ def slot_counts(model: TokenFormerModel) -> dict[str, int]:
     """The number of slots by kind of projection, of banks that have whole ones; `bank_problems` has the others."""
     found = {}
     for kind, bank in banks_of(model).items():
-        in_slots = getattr(model.parameter_tokens, kind) - bank.dense
-        if in_slots > 0 and in_slots % bank.group_size == 0:
-            found[kind] = in_slots // bank.group_size
+        used = getattr(model.parameter_tokens, kind)
+        if used > bank.dense and (used - bank.dense) % bank.group_size == 0:
+            found[kind] = bank.slots(used)
     return found
 
 
