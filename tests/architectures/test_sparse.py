@@ -78,16 +78,24 @@ def test_the_section_is_read_and_written(tmp_path: Path):
     assert load_config(file) == config()
     with pytest.raises(ConfigError, match="model.sparse.ffn.group_size: .*multiple of 16"):
         load_config(file, ["model.sparse.ffn.group_size=24"])
-    with pytest.raises(
-        ConfigError, match="model.sparse.ffn.candidates: .*at least 2. With 1 a projection is dense: set it to null in"
-    ):
-        load_config(file, ["model.sparse.ffn.candidates=1"])
+    with pytest.raises(ConfigError, match="model.sparse.ffn.candidates: .*at least 1"):
+        load_config(file, ["model.sparse.ffn.candidates=0"])
     with pytest.raises(ConfigError, match="model.sparse.mlp: unknown key. The keys of model.sparse are"):
         load_config(file, ["model.sparse.mlp=null"])
     with pytest.raises(ConfigError, match="model.sparse.ffn.group_size: missing"):
         load_config(file, ["model.sparse.ffn={candidates: 4}"])
     file.write_text(dump_config(everywhere()))
     assert load_config(file) == everywhere()
+
+
+def test_with_one_candidate_a_projection_is_dense(tmp_path: Path):
+    file = tmp_path / "run.yml"
+    file.write_text(dump_config(config()))
+    assert load_config(file, ["model.sparse.ffn.candidates=1"]) == dense()
+    file.write_text(dump_config(everywhere()))
+    model = load_config(file, ["model.sparse.ffn.candidates=1"]).model
+    assert architecture_of(model).sparse_sections(model).keys() == {"qkv", "proj"}
+    assert not any("ffn.bank" in name for name in parameter_table(model))
 
 
 @pytest.mark.parametrize(

@@ -3,22 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
-from pydantic import BeforeValidator, Field
+from pydantic import AfterValidator, Field
 
 from megatron_tf.architectures.spec import BankSpec
 from megatron_tf.config.activations import DEFAULT_ACTIVATION
-from megatron_tf.config.fields import NonNegative, Section
+from megatron_tf.config.fields import Count, NonNegative, Section
 from megatron_tf.config.nearest import divisors, either, multiples_near
 from megatron_tf.config.sections.model import ActivationName, Model, ParameterTokens
 from megatron_tf.telemetry.text import count_of
-
-
-def _several(candidates: Any) -> Any:
-    if candidates == 1 and candidates is not True:
-        raise ValueError("must be at least 2. With 1 a projection is dense: set it to null in model.sparse")
-    return candidates
 
 
 class Bank(Section):
@@ -26,8 +20,8 @@ class Bank(Section):
 
     group_size: Annotated[int, Field(ge=16, lt=2**31, multiple_of=16)]
     """[tokens] Size of a candidate. parameter_tokens, less `dense`, is a multiple of it: that many slots."""
-    candidates: Annotated[int, Field(ge=2, lt=2**31), BeforeValidator(_several)]
-    """Groups of tokens in each slot, of which a position uses one. One alone would be the dense model."""
+    candidates: Count
+    """Groups of tokens in each slot, of which a position uses one. 1: the projection is dense, as without a bank."""
     dense: Annotated[int, Field(ge=0, lt=2**31)] = 0
     """[tokens] How many of parameter_tokens are used by every position, and are in no slot."""
 
@@ -62,12 +56,20 @@ class Sparse(Section):
         return {kind: bank for kind, bank in banks.items() if bank is not None}
 
 
+def _with_choices(sparse: Sparse | None) -> Sparse | None:
+    """`sparse` without banks of one candidate, which leave nothing to choose; None if no other is left."""
+    if sparse is None or not sparse.banks():
+        return sparse
+    dense = {kind: None for kind, bank in sparse.banks().items() if bank.candidates == 1}
+    return None if len(dense) == len(sparse.banks()) else sparse.model_copy(update=dense)
+
+
 class TokenFormerModel(Model):
     architecture: Literal["tokenformer"] = "tokenformer"
     """What fills the blocks: Pattention."""
     parameter_tokens: ParameterTokens
     """Parameter tokens of each kind of projection, those that a position uses. Growth adds to them."""
-    sparse: Sparse | None = None
+    sparse: Annotated[Sparse | None, AfterValidator(_with_choices)] = None
     """Projections with more parameter tokens than a position uses. null: a position uses them all."""
     activation: ActivationName = DEFAULT_ACTIVATION
     """Nonlinearity and normalisation over the parameter tokens."""
