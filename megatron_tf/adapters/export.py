@@ -142,7 +142,9 @@ def _write_code(folder: Path, bases: Mapping[str, str], versions: dict[str, str]
     for name, kind in bases.items():
         if not hasattr(transformers, kind):
             raise CheckpointError(
-                f"the base is a {kind}, which is no class of transformers: it cannot be exported with it"
+                f"the base is a {kind}, which is no class of transformers: it cannot be exported with it. Keep base "
+                "and adapter as two folders; of a TokenFormer, an adapter that appends tokens (adapter.modules "
+                "[pattention]) can be merged"
             )
         assert text.count(f"{_BASE_LINE}{name}\n") == 1
         text = text.replace(f"{_BASE_LINE}{name}\n", f"from transformers import {kind} as {name}\n")

@@ -204,7 +204,9 @@ def read_adapter(folder: Path) -> Adapter:
             with open_plain(path), safe_open(path, "pt") as file:
                 tensors = {name: file.get_tensor(name) for name in file.keys()}
         except SafetensorError as error:
-            raise CheckpointError(f"{path}: is no safetensors file, or a damaged one ({error})") from error
+            raise CheckpointError(
+                f"{path}: is no safetensors file, or a damaged one ({error}). Copy it again"
+            ) from error
     return Adapter(config, dict(_branches(path, config, tensors)))
 
 

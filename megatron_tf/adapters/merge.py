@@ -38,8 +38,8 @@ def merge_adapter(base: Path, adapter: Path, target: Path) -> dict[str, Agreemen
     stored = read_adapter(adapter)
     if not is_appended(stored.config):
         raise CheckpointError(
-            f"{adapter}: its branches have a norm of their own, so no weights of the base are equal to them. Write "
-            "base and adapter as one folder with `megatron_tf export-adapter`"
+            f"{adapter}: its branches have a norm of their own, so no weights of the base are equal to them. Keep "
+            "base and adapter as two folders, or train one that appends tokens: adapter.modules [pattention]"
         )
     adapted = load_adapted(load_base(base), {"default": adapter})
     network = merged_network(open_export(base), stored)

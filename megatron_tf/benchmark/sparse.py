@@ -10,6 +10,7 @@ from torch.nn import functional as F
 
 from megatron_tf.benchmark.report import Row
 from megatron_tf.benchmark.timing import interleaved
+from megatron_tf.config.nearest import either, multiples_near
 from megatron_tf.errors import ConfigError
 from megatron_tf.model.projection import Pattention
 from megatron_tf.model.routing import choose, straight_through
@@ -33,8 +34,14 @@ def rows(
     """One row for each type, number of used tokens and number of candidates. The remainder of `tokens` by the size of a
     slot is dense.
 
-    ConfigError when a number of tokens is less than a slot.
+    ConfigError when a number of tokens is less than a slot, or for a bank that a model cannot have.
     """
+    if group_size % 16:
+        raise ConfigError(
+            f"--group-size {group_size}: is no multiple of 16. Give {either(multiples_near(group_size, 16))}."
+        )
+    if min(candidates) < 2:
+        raise ConfigError(f"--candidates {min(candidates)}: that is the dense layer. Give 2 or more.")
     if min(tokens) < group_size:
         raise ConfigError(
             f"--tokens {min(tokens)}: a slot has --group-size {group_size}. Give at least as many tokens."
@@ -74,6 +81,7 @@ def _measure(
         "used tokens": used,
         "candidates": candidates,
         "slots": sparse.num_slots,
+        "dense tokens": used % group_size,
         "positions": positions,
         **{f"{name} ms": 1e3 * timing.median for name, timing in timings.items()},
         "time / dense": 1 / timings["sparse"].speed_against(timings["dense"]),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -63,16 +63,15 @@ def check_prunable(model: Model, counts: Mapping[str, int]) -> None:
 
     `counts`: tokens by kind of projection afterwards.
     """
-    problems = []
+    problems, banks = [], {}
     for projection in projections(model).values():
         kind = projection.kind
         if counts[kind] == projection.tokens:
             continue
         if bank := projection.bank:
-            problems.append(
+            banks[kind] = (
                 f"model.sparse.{kind}: the {kind} projections cannot lose some of their {projection.tokens} tokens, "
-                f"because positions choose {bank.used_tokens} of them among {bank} tokens. Give "
-                f"--candidates {kind}=1, which makes the model dense, and prune that one"
+                f"because positions choose {bank.used_tokens} of them among {bank} tokens"
             )
         elif (projection.keys, projection.values) != (("key_tokens",), ("value_tokens",)):
             problems.append(
@@ -80,6 +79,12 @@ def check_prunable(model: Model, counts: Mapping[str, int]) -> None:
                 f"{', '.join(projection.keys + projection.values)}. Give a model whose tokens are key_tokens and "
                 "value_tokens alone"
             )
+    if banks:
+        fewer = ",".join(f"{kind}=1" for kind in banks)
+        ones = "these projections" if len(banks) > 1 else "the projection"
+        problems.append(
+            "\n".join(banks.values()) + f". Give --candidates {fewer}, which makes {ones} dense, and prune that model"
+        )
     if problems:
         raise CheckpointError("\n".join(dict.fromkeys(problems)))
 
@@ -125,13 +130,13 @@ def check_same_architecture(
         remedy = f"Restore these keys, or {otherwise}."
         if all(name.startswith((TOKENS, SPARSE)) for name, _, _ in differences):
             otherwise = f"remove {key}" if key else "use another run.dir"
-            remedy = _remedy_by_growth(differences, otherwise)
+            remedy = remedy_by_growth(differences, otherwise)
         raise CheckpointError(_listed(f"{named} is of another architecture", problems) + f"\n{remedy}")
     if problem := optimizer_problem(index, optimizer, "begin a new run with its weights by training.init_from"):
         raise CheckpointError(f"{named} cannot be {'branched off' if key else 'resumed'}: {problem}")
 
 
-def _remedy_by_growth(differences: list[tuple[str, Any, Any]], otherwise: str) -> str:
+def remedy_by_growth(differences: Sequence[tuple[str, Any, Any]], otherwise: str) -> str:
     """The remedy for other token counts or candidates than the checkpoint's.
 
     `otherwise`: the end of a sentence, what growth from the checkpoint needs besides its own keys.
@@ -147,7 +152,7 @@ def _remedy_by_growth(differences: list[tuple[str, Any, Any]], otherwise: str) -
     else:
         return (
             "Restore these keys. Other candidates are made by a growth by split, which makes multiples of their number "
-            "and keeps their size, or by megatron_tf prune, which makes fewer."
+            "and keeps their size, or by megatron_tf prune, which makes fewer; with 1 a projection is dense."
         )
     return f"{way} {otherwise}."
 
@@ -183,7 +188,8 @@ def check_evaluable(index: CheckpointIndex, model: Model) -> None:
     if problems:
         raise CheckpointError(
             _listed("the checkpoint holds another model", problems)
-            + "\nGive the configuration of its run, such as the config.yml in the run's folder."
+            + "\nGive the configuration of its run, such as the config.yml in the run's folder, or set these keys to "
+            "the checkpoint's values."
         )
 
 

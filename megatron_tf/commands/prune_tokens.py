@@ -48,7 +48,9 @@ def parse_arguments() -> argparse.Namespace:
     )
     what = parser.add_mutually_exclusive_group(required=True)
     what.add_argument("--tokens", metavar="KIND=N,...", help="counts to prune to, of qkv, proj, ffn")
-    what.add_argument("--candidates", metavar="ffn=N", help="candidates to leave in each slot; 1 makes the model dense")
+    what.add_argument(
+        "--candidates", metavar="KIND=N,...", help="candidates to leave in each slot; 1 makes a projection dense"
+    )
     parser.add_argument("--data", type=path, required=True, metavar="PREFIX", help="prepared data to measure on")
     parser.add_argument(
         "--samples",
@@ -95,7 +97,7 @@ def main() -> None:
     print(f"loss        {before:.6f} -> {after:.6f}, on {count_of(data.samples, 'sample')} of {old.seq_length} tokens")
     if arguments.dry_run:
         return print("\ndry run: nothing is written")
-    write(root, old, new, start, reader)
+    write(root, new, start, reader)
 
 
 def fewer_tokens(old: Model, text: str) -> Model:
@@ -213,18 +215,19 @@ def describe(kind: str, old: int, new: int, shares: Sequence[float], factors: Se
     print(f"{kind:<11} {old:,} {change}")
 
 
-def write(root: Path, old: Model, model: Model, start: StepZero, reader: CheckpointReader) -> None:
+def write(root: Path, model: Model, start: StepZero, reader: CheckpointReader) -> None:
     from megatron_tf.checkpoint.step_zero import checkpoint_bytes, write_step_zero
 
     total = checkpoint_bytes(model, start.states)
     with Console(rank=0).bytes_written(total) as progress:
         path = write_step_zero(root, model, start, reader.index.data, progress)
-    counts, old_counts = (architecture_of(of).token_counts(of) for of in (model, old))
-    changes = " ".join(f"model.parameter_tokens.{kind}={n}" for kind, n in counts.items())
-    if counts == old_counts:
-        section = dict(model)["sparse"]
+    # of this and of earlier prunings: the user has the configuration of a run before them
+    counts, section = architecture_of(model).token_counts(model), dict(model).get("sparse")
+    changes = [f"model.parameter_tokens.{kind}={n}" for kind, n in counts.items()]
+    if section is not None or any("sparse" in entry for entry in start.growth_history):
         sparse = json.dumps(section and section.model_dump()).replace('"', "")
-        changes = f"'model.sparse={sparse}'"
+        changes.append(f"'model.sparse={sparse}'")
     print(
-        f"\nwrote {path}: {total:,} bytes. A run resumes from it with\n  run.dir={literal(str(root.parent))} {changes}"
+        f"\nwrote {path}: {total:,} bytes. A run resumes from it with\n  run.dir={literal(str(root.parent))} "
+        f"{' '.join(changes)}"
     )

@@ -74,6 +74,7 @@ class CandidatesAxis(Axis):
 
 
 CANDIDATES = CandidatesAxis()
+_WITHOUT = "growth.method to zero_key, which adds tokens; to go on with the same model, set branch instead of growth"
 
 
 def _banks(model: Model) -> dict[str, Bank]:
@@ -136,14 +137,14 @@ def missing_candidates(model: Model, growth: Growth, tokens: int | None = None) 
         bank = suggested_bank(counts["ffn"])
         remedy = f"Set model.sparse.ffn to {_written(bank)}, or" if bank else "Set"
         return [
-            "growth.method: split copies tokens to candidates, and the model has none. "
-            f"{remedy} growth.method to zero_key"
+            "growth.method: split copies tokens to candidates, and the model has none, or one a slot. "
+            f"{remedy} {_WITHOUT}"
         ]
     dense = counts["ffn"] if tokens is None else tokens
     return [
-        f"growth.method: bank adds candidates to the {dense} tokens, and the model has none. Set model.sparse.ffn "
-        f"to {{group_size: 256, candidates: 4, dense: {dense}}} and model.parameter_tokens.ffn to {dense + 256}, "
-        "or growth.method to zero_key"
+        f"growth.method: bank adds candidates to the {dense} tokens, and the model has none, or one a slot. Set "
+        f"model.sparse.ffn to {{group_size: 256, candidates: 4, dense: {dense}}} and model.parameter_tokens.ffn to "
+        f"{dense + 256}, or {_WITHOUT}"
     ]
 
 

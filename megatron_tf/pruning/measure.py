@@ -22,6 +22,7 @@ from megatron_tf.checkpoint.architecture import stored_model
 from megatron_tf.checkpoint.reader import CheckpointReader
 from megatron_tf.checkpoint.source import CheckpointSource
 from megatron_tf.checks import check_whole_number
+from megatron_tf.config.nearest import either
 from megatron_tf.config.sections.data import DataSource
 from megatron_tf.config.sections.model import Model
 from megatron_tf.data.loader import BatchLoader, build_dataset, check_tokenizer
@@ -55,7 +56,7 @@ def target_counts(text: str, old: Mapping[str, int], option: str = "--tokens") -
     for part in text.split(","):
         kind, _, number = (piece.strip() for piece in part.partition("="))
         if option == "--candidates" and kind in ("qkv", "proj", "ffn") and kind not in counts:
-            problems.append(f"{option}: {kind} has no candidates in this model; {', '.join(counts)} has. Name that.")
+            problems.append(f"{option}: {kind} has no candidates in this model. Choose {either(counts)}.")
         elif kind not in counts or not (number.isascii() and number.isdigit()):
             problems.append(f"{option}: {part!r} is not KIND=N with a KIND of {', '.join(counts)}.")
         elif kind in given:

@@ -305,11 +305,16 @@ def test_what_knows_dense_projections_only_refuses():
     message = (
         "^model.sparse.ffn: the ffn projections cannot lose some of their 69 tokens, because positions choose 64 of "
         "them among 3 "
-        "candidates in each of 4 slots of 16 tokens. Give --candidates ffn=1, which makes the model dense, and prune "
-        "that one$"
+        "candidates in each of 4 slots of 16 tokens. Give --candidates ffn=1, which makes the projection dense, and "
+        "prune that model$"
     )
     with pytest.raises(CheckpointError, match=message):
         check_prunable(config().model, {**TOKENS, "ffn": 9})
+    with pytest.raises(
+        CheckpointError, match="(?s)qkv.*proj.*ffn.* Give --candidates qkv=1,proj=1,ffn=1, which makes"
+    ) as refused:
+        check_prunable(everywhere().model, {"qkv": 8, "proj": 8, "ffn": 8})
+    assert str(refused.value).count("Give") == 1
     with pytest.raises(ConfigError) as caught:
         larger = config(ffn=101)
         growth = Growth(source="x", method="gram")

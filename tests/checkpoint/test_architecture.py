@@ -96,8 +96,8 @@ def test_what_makes_other_candidates_is_named():
         ),
         (sparse(), sparse(candidates=8), "set growth.from to this checkpoint, growth.method to split, and use another"),
         (sparse(), sparse(candidates=6), "Restore these keys. Other candidates are made by a growth by split"),
-        (sparse(), sparse(candidates=2), "or by megatron_tf prune, which makes fewer."),
-        (sparse(), model(ffn=64), "or by megatron_tf prune, which makes fewer."),
+        (sparse(), sparse(candidates=2), "or by megatron_tf prune, which makes fewer;"),
+        (sparse(), model(ffn=64), "or by megatron_tf prune, which makes fewer; with 1 a projection is dense."),
         (sparse(), sparse(group_size=32), "Restore these keys."),
     ):
         with pytest.raises(CheckpointError, match="is of another architecture:") as caught:

@@ -119,9 +119,9 @@ def test_what_cannot_be_is_said_before():
     assert growth_problems(small, large, bank) == []
     for old, new, growth, message in (
         (small, model(tokens={"ffn": 69}), bank,
-         "growth.method: bank adds candidates to the 37 tokens, and the model has none. Set model.sparse.ffn to "
-         "{group_size: "
-         "256, candidates: 4, dense: 37} and model.parameter_tokens.ffn to 293, or growth.method to zero_key"),
+         "growth.method: bank adds candidates to the 37 tokens, and the model has none, or one a slot. Set "
+         "model.sparse.ffn to {group_size: 256, candidates: 4, dense: 37} and model.parameter_tokens.ffn to 293, or "
+         "growth.method to zero_key, which adds tokens; to go on with the same model, set branch instead of growth."),
         (large, model({**BANK, "candidates": 6}), bank,
          "growth.method: bank begins with a dense model, and the smaller one has model.sparse already. Set it to "
          "zero_key to add slots"),

@@ -239,9 +239,9 @@ def test_what_cannot_be_split_is_said_before():
     assert scales_after_growth(small, large, Growth(source="x", method="split"), {"a": 2.0}) == {"a": 2.0}
     for old, new, method, message in (
         (small, small, "split",
-         "split copies tokens to candidates, and the model has none. Set model.sparse.ffn to {group_size: 32, "
-         "candidates: 4, "
-         "dense: 5}, or growth.method to zero_key."),
+         "split copies tokens to candidates, and the model has none, or one a slot. Set model.sparse.ffn to "
+         "{group_size: 32, candidates: 4, dense: 5}, or growth.method to zero_key, which adds tokens; to go on with "
+         "the same model, set branch instead of growth."),
         (small, model(BANK, parameter_tokens={**TOKENS, "qkv": 20}), "split",
          "model.parameter_tokens.qkv: 13 before, 20 after. split changes model.sparse, and no token counts"),
         (large, model({**BANK, "candidates": 8}), "split",

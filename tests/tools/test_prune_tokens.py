@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 from pathlib import Path
 
 import pytest
@@ -189,7 +190,7 @@ def test_what_cannot_be_taken_away_is_one_message(candidates):
         take(candidates, "no", 1, source="small"), "--candidates: ffn=1, and the model has 0: model.sparse is null"
     )
     assert_refused(
-        prune(candidates, "no", "ffn=30", source="candidates"), "Give --candidates ffn=1, which makes the model dense"
+        prune(candidates, "no", "ffn=30", source="candidates"), "Give --candidates ffn=1, which makes the projection"
     )
     done = prune(candidates, "fewer", "qkv=10", "--dry-run", source="candidates")
     assert done.returncode == 0 and "qkv         13 tokens -> 10" in done.stdout, done.stdout + done.stderr
@@ -197,17 +198,18 @@ def test_what_cannot_be_taken_away_is_one_message(candidates):
 
 @pytest.mark.slow
 def test_a_model_with_fewer_candidates_is_trained_further_and_grown_again(candidates, tmp_path):
-    done = take(candidates, "two", 2)
-    assert done.returncode == 0, done.stdout + done.stderr
-    (change,) = [line for line in done.stdout.splitlines() if "run.dir=" in line]
-    (tmp_path / "config.yml").write_text(CONFIG.format(folder=candidates))
-    counts = [f"model.parameter_tokens.{kind}={number}" for kind, number in SMALL.items()]
-    done = train(tmp_path, *(part.strip("'") for part in change.split(" ", 3)[2:]), *counts)
-    assert done.returncode == 0 and "resumed from" in done.stdout, done.stdout
+    before = {"parameter_tokens": SMALL, "sparse": {"ffn": {**BANK, "candidates": 4}}}
+    sections = "\n".join(f"  {key}: {json.dumps(section)}" for key, section in before.items())
+    config = CONFIG.format(folder=candidates).replace("  parameter_tokens: {qkv: 29, proj: 11, ffn: 75}", sections)
+    (tmp_path / "config.yml").write_text(config)
+    dense = take(candidates, "one", 1), prune(candidates, "narrow", "qkv=10", source="one")
+    for done in (take(candidates, "two", 2), *dense):
+        assert done.returncode == 0, done.stdout + done.stderr
+        (changes,) = [line for line in done.stdout.splitlines() if "run.dir=" in line]
+        done = train(tmp_path, *shlex.split(changes))
+        assert done.returncode == 0 and "resumed from" in done.stdout, done.stdout
     bank = "model.sparse={ffn: {group_size: 16, candidates: 6, dense: 5}}"
-    done = train(
-        tmp_path, f"run.dir={candidates}/more", f"growth.from={candidates}/two", "growth.method=split", bank, *counts
-    )
+    done = train(tmp_path, f"run.dir={candidates}/more", f"growth.from={candidates}/two", "growth.method=split", bank)
     assert done.returncode == 0 and "grown from" in done.stdout, done.stdout
     history = open_checkpoint(candidates / "more" / "checkpoints" / "step_00000002").index.growth_history
     assert [entry["method"] for entry in history] == ["split", "split", "pruned", "split"]

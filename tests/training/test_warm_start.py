@@ -80,14 +80,32 @@ def test_an_export_is_a_source_as_well(config, tmp_path, trained):
 
 
 def test_another_model_is_refused_with_every_key_that_differs(config, tmp_path, trained):
-    own = run_from(config, tmp_path, trained[0], model={
-        "hidden_size": 64, "parameter_tokens": {"qkv": 14, "proj": 11, "ffn": 37}, "seq_length": 8})  # fmt: skip
+    tokens = {"parameter_tokens": {"qkv": 14, "proj": 11, "ffn": 37}}
+    wider = run_from(config, tmp_path, trained[0], model={"hidden_size": 64, **tokens, "seq_length": 8})
+    larger = run_from(config, tmp_path, trained[0], model={**tokens, "seq_length": 8})
+    texts = []
+    for own in (wider, larger):
+        with pytest.raises(CheckpointError) as caught:
+            begin(own, choose(own)[0], {})
+        texts.append(str(caught.value))
+    for text in texts:
+        assert text.startswith(f"training.init_from: {trained[1]} holds the weights of another model:")
+        assert "model.parameter_tokens.qkv: there 13, in this run 14" in text and "seq_length: there" not in text
+    assert "model.hidden_size: there 32, in this run 64" in texts[0] and "growth.from" not in texts[0]
+    assert texts[1].endswith("set growth.from to this checkpoint and remove training.init_from.")
+
+
+def test_candidates_that_the_weights_lack_come_by_growth(config, tmp_path, trained):
+    bank = {"group_size": 16, "candidates": 2, "dense": 5}
+    own = run_from(config, tmp_path, trained[0], model={"sparse": {"ffn": bank}})
     with pytest.raises(CheckpointError) as caught:
         begin(own, choose(own)[0], {})
-    text = str(caught.value)
-    assert text.startswith(f"training.init_from: {trained[1]} holds the weights of another model:")
-    assert "model.hidden_size: there 32, in this run 64" in text and "seq_length: there" not in text
-    assert "model.parameter_tokens.qkv: there 13, in this run 14" in text and "growth.from" in text
+    assert str(caught.value).splitlines()[1:] == [
+        "  - model.sparse.ffn: there null, in this run {group_size: 16, candidates: 2, dense: 5}",
+        "Give this run the same model; only model.seq_length and model.rotary_base may differ. Candidates come by "
+        "growth only: set growth.from to this checkpoint, growth.method to split or bank, and remove "
+        "training.init_from.",
+    ]
 
 
 def test_a_branch_of_another_model_is_refused_with_key_and_checkpoint(config, tmp_path, trained):

@@ -18,6 +18,7 @@ from megatron_tf.architectures.tokenformer.section import (
     bank_of,
     bank_problems,
     bank_spec,
+    banks_of,
     slot_counts,
 )
 from megatron_tf.architectures.tokenformer.work import block_collectives, block_work, step_collectives
@@ -58,9 +59,11 @@ class TokenFormerArchitecture(Architecture):
     def format_problem(self, model: Model, form: str) -> str | None:
         if form == "huggingface" or as_tokenformer(model).sparse is None:
             return None
+        fewer = ",".join(f"{kind}=1" for kind in banks_of(as_tokenformer(model)))
         return (
             f"the {form} format has no place for model.sparse, tokens of which a position uses a part. Export it by "
-            "to-hf, or give a model without model.sparse, such as the one that it was split from"
+            f"to-hf, or make it dense by megatron_tf prune --candidates {fewer}, or give the model that it was split "
+            "from"
         )
 
     def block_parameters(self, model: Model, layer: int) -> Iterator[ParameterSpec]:

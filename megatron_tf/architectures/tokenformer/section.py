@@ -21,7 +21,7 @@ class Bank(Section):
     group_size: Annotated[int, Field(ge=16, lt=2**31, multiple_of=16)]
     """[tokens] Size of a candidate. parameter_tokens, less `dense`, is a multiple of it: that many slots."""
     candidates: Count
-    """Groups of tokens in each slot, of which a position uses one. 1: the projection is dense, as without a bank."""
+    """Groups of tokens in each slot, of which a position uses one. 1: the projection is dense, and has no slots."""
     dense: Annotated[int, Field(ge=0, lt=2**31)] = 0
     """[tokens] How many of parameter_tokens are used by every position, and are in no slot."""
 

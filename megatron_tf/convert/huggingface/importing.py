@@ -158,7 +158,9 @@ def _read_tensors(folder: Path) -> dict[str, Tensor]:
                             raise CheckpointError(f"{path}: holds {key} again, which another file of the folder has")
                         tensors[key] = file.get_tensor(key)
             except SafetensorError as error:
-                raise CheckpointError(f"{path}: is no safetensors file, or a damaged one ({error})") from error
+                raise CheckpointError(
+                    f"{path}: is no safetensors file, or a damaged one ({error}). Copy it again"
+                ) from error
     return tensors
 
 
