@@ -275,7 +275,7 @@ def test_a_growth_is_checked_against_its_parent_where_that_is_here(tmp_path):
     assert away["problems"] == []
     assert away["growth"].endswith("no checkpoint can be read here: whether it can grow was not checked")
     (problem,) = summary("model.sparse=null")["problems"]  # needs no parent to be known
-    assert "split copies tokens to candidates, and the model has none." in problem
+    assert "split copies tokens to candidates, and the model has none, or one a slot." in problem
     small = load("tiny").model
     start = StepZero(InitialSource(small, 3), 0, 0, ())
     path = write_step_zero(tmp_path / "small" / "checkpoints", small, start, {}, lambda done, text: None)

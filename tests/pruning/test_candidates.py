@@ -152,5 +152,5 @@ def test_a_model_that_diverged_is_refused():
 
 
 def test_a_kind_without_candidates_is_named():
-    with pytest.raises(UserError, match="--candidates: qkv has no candidates in this model; ffn has. Name that."):
-        target_counts("qkv=1", {"ffn": 4}, "--candidates")
+    with pytest.raises(UserError, match="--candidates: qkv has no candidates in this model. Choose ffn or proj."):
+        target_counts("qkv=1", {"ffn": 4, "proj": 4}, "--candidates")
