@@ -130,7 +130,7 @@ def check_same_architecture(
         remedy = f"Restore these keys, or {otherwise}."
         if all(name.startswith((TOKENS, SPARSE)) for name, _, _ in differences):
             otherwise = f"remove {key}" if key else "use another run.dir"
-            remedy = remedy_by_growth(differences, otherwise)
+            remedy = f"Restore these keys. {remedy_by_growth(differences, otherwise)}"
         raise CheckpointError(_listed(f"{named} is of another architecture", problems) + f"\n{remedy}")
     if problem := optimizer_problem(index, optimizer, "begin a new run with its weights by training.init_from"):
         raise CheckpointError(f"{named} cannot be {'branched off' if key else 'resumed'}: {problem}")
@@ -151,7 +151,7 @@ def remedy_by_growth(differences: Sequence[tuple[str, Any, Any]], otherwise: str
         way = "Candidates are split by growth only: set growth.from to this checkpoint, growth.method to split, and"
     else:
         return (
-            "Restore these keys. Other candidates are made by a growth by split, which makes multiples of their number "
+            "Other candidates are made by a growth by split, which makes multiples of their number "
             "and keeps their size, or by megatron_tf prune, which makes fewer; with 1 a projection is dense."
         )
     return f"{way} {otherwise}."
