@@ -20,6 +20,9 @@ from megatron_tf.state.parameters import projections
 if TYPE_CHECKING:
     from megatron_tf.state.sources import StateSource
 
+# the end of a remedy, for who wants no candidates
+_WITHOUT = "growth.method to zero_key, which adds tokens; to go on with the same model, set branch instead of growth"
+
 
 class CandidatesAxis(Axis):
     order = 2
@@ -74,7 +77,6 @@ class CandidatesAxis(Axis):
 
 
 CANDIDATES = CandidatesAxis()
-_WITHOUT = "growth.method to zero_key, which adds tokens; to go on with the same model, set branch instead of growth"
 
 
 def _banks(model: Model) -> dict[str, Bank]:
