@@ -127,20 +127,20 @@ def check_same_architecture(
     if differences:
         problems = [f"model.{name}: checkpoint {old}, configuration {new}" for name, old, new in differences]
         otherwise = f"remove {key}" if key else "start in another run.dir"
-        remedy = f"Restore these keys, or {otherwise}."
-        if all(name.startswith((TOKENS, SPARSE)) for name, _, _ in differences):
-            otherwise = f"remove {key}" if key else "use another run.dir"
-            remedy = f"Restore these keys. {remedy_by_growth(differences, otherwise)}"
+        by_growth = remedy_by_growth(differences, f"remove {key}" if key else "use another run.dir")
+        remedy = f"Restore these keys. {by_growth}" if by_growth else f"Restore these keys, or {otherwise}."
         raise CheckpointError(_listed(f"{named} is of another architecture", problems) + f"\n{remedy}")
     if problem := optimizer_problem(index, optimizer, "begin a new run with its weights by training.init_from"):
         raise CheckpointError(f"{named} cannot be {'branched off' if key else 'resumed'}: {problem}")
 
 
-def remedy_by_growth(differences: Sequence[tuple[str, Any, Any]], otherwise: str) -> str:
-    """The remedy for other token counts or candidates than the checkpoint's.
+def remedy_by_growth(differences: Sequence[tuple[str, Any, Any]], otherwise: str) -> str | None:
+    """The remedy for other token counts or candidates than the checkpoint's; None if other keys differ, too.
 
     `otherwise`: the end of a sentence, what growth from the checkpoint needs besides its own keys.
     """
+    if not all(name.startswith((TOKENS, SPARSE)) for name, _, _ in differences):
+        return None
     sparse = [change for change in differences if change[0].startswith(SPARSE)]
     if not sparse:
         return f"Token counts change by growth only: set growth.from to this checkpoint and {otherwise}."

@@ -60,7 +60,7 @@ class Use:
 def with_candidates(model: Model, counts: Mapping[str, int]) -> Model:
     """`model` with `counts` candidates in each slot, by kind of projection; 1 makes the projection dense."""
     sections = architecture_of(model).sparse_sections(model) or {}
-    smaller = {kind: {**bank, "candidates": counts[kind]} for kind, bank in sections.items() if counts[kind] > 1}
+    smaller = {kind: {**bank, "candidates": counts[kind]} for kind, bank in sections.items()}
     return architecture_of(model).with_sparse(model, smaller or None)
 
 

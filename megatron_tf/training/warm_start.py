@@ -12,7 +12,7 @@ from megatron_tf.checkpoint.architecture import remedy_by_growth, stored_model
 from megatron_tf.checkpoint.manager import Ranks, from_first, resolve, verify_checkpoint
 from megatron_tf.checkpoint.reader import open_checkpoint
 from megatron_tf.checkpoint.source import CheckpointSource
-from megatron_tf.config.differences import SPARSE, TOKENS, differing
+from megatron_tf.config.differences import differing
 from megatron_tf.config.sections.model import Model
 from megatron_tf.convert.huggingface.importing import is_export, open_export
 from megatron_tf.errors import CheckpointError
@@ -54,10 +54,11 @@ def open_weights(path: Path, model: Model) -> tuple[StateSource, dict[str, Any]]
     if differences:
         problems = "".join(f"\n  - model.{key}: there {old}, in this run {new}" for key, old, new in differences)
         free = " and ".join(f"model.{key}" for key in _FREE if key not in model.derived)
-        can_grow = all(key.startswith((TOKENS, SPARSE)) for key, _, _ in differences)
-        remedy = f" {remedy_by_growth(differences, f'remove {KEY}')}" if can_grow else ""
+        remedies = (
+            f"Give this run the same model; only {free} may differ.",
+            remedy_by_growth(differences, f"remove {KEY}"),
+        )
         raise CheckpointError(
-            f"{KEY}: {path} holds the weights of another model:{problems}\nGive this run the same model; only "
-            f"{free} may differ.{remedy}"
+            f"{KEY}: {path} holds the weights of another model:{problems}\n{' '.join(filter(None, remedies))}"
         )
     return source, {"event": EVENT, "source": str(path), "step": step, "tokens": tokens}

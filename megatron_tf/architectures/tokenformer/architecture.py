@@ -20,6 +20,7 @@ from megatron_tf.architectures.tokenformer.section import (
     bank_spec,
     banks_of,
     slot_counts,
+    with_choices,
 )
 from megatron_tf.architectures.tokenformer.work import block_collectives, block_work, step_collectives
 from megatron_tf.architectures.work import BlockWork, Collectives
@@ -102,7 +103,7 @@ class TokenFormerArchitecture(Architecture):
             return model.model_copy(update={"sparse": None})
         own = as_tokenformer(model).sparse
         kept = {} if own is None else {"z_loss": own.z_loss}
-        return model.model_copy(update={"sparse": Sparse.model_validate({**kept, **sparse})})
+        return model.model_copy(update={"sparse": with_choices(Sparse.model_validate({**kept, **sparse}))})
 
     def sparse_sections(self, model: Model) -> dict[str, Any] | None:
         sparse = as_tokenformer(model).sparse

@@ -56,7 +56,7 @@ class Sparse(Section):
         return {kind: bank for kind, bank in banks.items() if bank is not None}
 
 
-def _with_choices(sparse: Sparse | None) -> Sparse | None:
+def with_choices(sparse: Sparse | None) -> Sparse | None:
     """`sparse` without banks of one candidate, which leave nothing to choose; None if no other is left."""
     if sparse is None or not sparse.banks():
         return sparse
@@ -69,7 +69,7 @@ class TokenFormerModel(Model):
     """What fills the blocks: Pattention."""
     parameter_tokens: ParameterTokens
     """Parameter tokens of each kind of projection, those that a position uses. Growth adds to them."""
-    sparse: Annotated[Sparse | None, AfterValidator(_with_choices)] = None
+    sparse: Annotated[Sparse | None, AfterValidator(with_choices)] = None
     """Projections with more parameter tokens than a position uses. null: a position uses them all."""
     activation: ActivationName = DEFAULT_ACTIVATION
     """Nonlinearity and normalisation over the parameter tokens."""
