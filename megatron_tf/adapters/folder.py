@@ -32,11 +32,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
 from megatron_tf.adapters.modules import BRANCH, KINDS, PATTENTION
+from megatron_tf.checkpoint.safetensors_file import open_safetensors
 from megatron_tf.checkpoint.strict_json import Fields, NotJsonError, parse_json
 from megatron_tf.checks import check_whole_number
 from megatron_tf.config.activations import ACTIVATIONS, DEFAULT_ACTIVATION
@@ -199,14 +200,8 @@ def read_adapter(folder: Path) -> Adapter:
     config = read_config(folder / CONFIG_NAME)
     check_weights(folder, config)
     path = folder / WEIGHTS_NAME
-    with file_errors(CheckpointError, path, "Give the whole folder."):
-        try:
-            with open_plain(path), safe_open(path, "pt") as file:
-                tensors = {name: file.get_tensor(name) for name in file.keys()}
-        except SafetensorError as error:
-            raise CheckpointError(
-                f"{path}: is no safetensors file, or a damaged one ({error}). Copy it again"
-            ) from error
+    with open_safetensors(path, "Give the whole folder", "Copy it again") as file:
+        tensors = {name: file.get_tensor(name) for name in file.keys()}
     return Adapter(config, dict(_branches(path, config, tensors)))
 
 

@@ -9,7 +9,6 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from megatron_tf.architectures.tokenformer.section import as_tokenformer
@@ -17,13 +16,14 @@ from megatron_tf.checkpoint.architecture import check_format, stored_model
 from megatron_tf.checkpoint.format import folder_name
 from megatron_tf.checkpoint.manager import STEP_PREFIX
 from megatron_tf.checkpoint.reader import CheckpointReader
+from megatron_tf.checkpoint.safetensors_file import open_safetensors
 from megatron_tf.checkpoint.step_zero import FIRST_STEP, target_folder, write_weights
 from megatron_tf.config.sections.model import Model
 from megatron_tf.config.validate import check_model
 from megatron_tf.convert.agreement import TOLERANCES, Agreement, agreement
 from megatron_tf.convert.official import check_official, known_model, recorded_problems
 from megatron_tf.convert.official_files import WEIGHTS_NAME, OfficialWeights
-from megatron_tf.durable import atomic_path, open_plain, prepare_output, sync_folder
+from megatron_tf.durable import atomic_path, prepare_output, sync_folder
 from megatron_tf.errors import CheckpointError, file_errors
 from megatron_tf.model.tokenformer import TokenFormer
 from megatron_tf.state.optimizer_states import WEIGHT
@@ -99,19 +99,12 @@ def compare_logits(weights: OfficialWeights, model: Model, reference: Path) -> A
 
 
 def _read_reference(path: Path, model: Model) -> tuple[Tensor, Tensor]:
-    try:
-        with (
-            file_errors(CheckpointError, path, "Give a readable file."),
-            open_plain(path),
-            safe_open(path, "pt") as file,
-        ):
-            present = set(file.keys())
-            kept = next((name for name in _LOGITS if name in present), None)
-            if kept is None or "input_ids" not in present:
-                raise CheckpointError(f"{path}: a reference holds input_ids and one of {', '.join(_LOGITS)}")
-            ids, logits = file.get_tensor("input_ids").long(), file.get_tensor(kept)
-    except SafetensorError as error:
-        raise CheckpointError(f"{path}: is not a safetensors file ({error})") from error
+    with open_safetensors(path, "Give a file of input_ids and logits") as file:
+        present = set(file.keys())
+        kept = next((name for name in _LOGITS if name in present), None)
+        if kept is None or "input_ids" not in present:
+            raise CheckpointError(f"{path}: a reference holds input_ids and one of {', '.join(_LOGITS)}")
+        ids, logits = file.get_tensor("input_ids").long(), file.get_tensor(kept)
     vocab_size = vocab_size_of(model)
     if tuple(logits.shape) != (*ids.shape, vocab_size) or ids.dim() != 2 or logits.dtype not in TOLERANCES:
         raise CheckpointError(

@@ -15,17 +15,18 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor
 
 from megatron_tf.adapters.folder import Adapter, write_adapter
+from megatron_tf.checkpoint.safetensors_file import open_safetensors
 from megatron_tf.checkpoint.strict_json import parse_object
 from megatron_tf.durable import partial_path, read_plain
 from megatron_tf.errors import CheckpointError, file_errors
 from megatron_tf.finetuning.sharding import whole
 
 _MOMENTS = "optimizer.safetensors"
+_REMOVE = "Remove this checkpoint to go on from an older one"
 _PROGRESS = "training.json"
 _NAME = re.compile(r"step_(\d{8})")
 _STATES = ("exp_avg", "exp_avg_sq")
@@ -101,15 +102,11 @@ def delete_old(folder: Path, keep: int) -> None:
 
 def read_progress(path: Path) -> Resumed:
     """The state in the checkpoint `path`. CheckpointError when it is damaged."""
-    with file_errors(CheckpointError, path / _PROGRESS, "Remove this checkpoint to go on from an older one."):
+    with file_errors(CheckpointError, path / _PROGRESS, f"{_REMOVE}."):
         fields = parse_object(str(path / _PROGRESS), read_plain(path / _PROGRESS, 2**16))
         fields.only(*Progress.__dataclass_fields__)
-        try:
-            tensors = load_file(path / _MOMENTS)
-        except SafetensorError as error:
-            raise CheckpointError(
-                f"{path / _MOMENTS}: is damaged ({error}). Remove this checkpoint to go on from an older one"
-            ) from error
+    with open_safetensors(path / _MOMENTS, _REMOVE) as file:
+        tensors = {name: file.get_tensor(name) for name in file.keys()}
     moments: dict[str, dict[str, Tensor]] = {state: {} for state in _STATES}
     for name, tensor in tensors.items():
         state, _, parameter = name.partition("/")

@@ -24,7 +24,7 @@ from megatron_tf.checkpoint.source import CheckpointSource
 from megatron_tf.checks import check_whole_number
 from megatron_tf.config.nearest import either
 from megatron_tf.config.sections.data import DataSource
-from megatron_tf.config.sections.model import Model
+from megatron_tf.config.sections.model import Model, ParameterTokens
 from megatron_tf.data.loader import BatchLoader, build_dataset, check_tokenizer
 from megatron_tf.errors import CheckpointError, DataError, UserError
 from megatron_tf.growth.source import PRUNED, growth_entry
@@ -55,7 +55,7 @@ def target_counts(text: str, old: Mapping[str, int], option: str = "--tokens") -
     counts, given, problems = dict(old), set(), []
     for part in text.split(","):
         kind, _, number = (piece.strip() for piece in part.partition("="))
-        if option == "--candidates" and kind in ("qkv", "proj", "ffn") and kind not in counts:
+        if option == "--candidates" and kind in ParameterTokens.model_fields and kind not in counts:
             problems.append(f"{option}: {kind} has no candidates in this model. Choose {either(counts)}.")
         elif kind not in counts or not (number.isascii() and number.isdigit()):
             problems.append(f"{option}: {part!r} is not KIND=N with a KIND of {', '.join(counts)}.")

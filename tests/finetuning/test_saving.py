@@ -36,6 +36,10 @@ def test_progress_and_moments_come_back(tmp_path):
     (path / "training.json").write_text(json.dumps({"step": 3, "data": "digest", "other": 1}))
     with pytest.raises(CheckpointError, match="other is not a field"):
         read_progress(path)
+    (path / "training.json").write_text(json.dumps({"step": 3, "data": "digest"}))
+    (path / "optimizer.safetensors").write_text("text")
+    with pytest.raises(CheckpointError, match="optimizer.safetensors.*damaged.*Remove this checkpoint to go on"):
+        read_progress(path)
 
 
 def test_a_run_goes_on_at_its_tracker(tmp_path, monkeypatch):

@@ -10,17 +10,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from megatron_tf.checkpoint.kinds import holds_run
+from megatron_tf.checkpoint.safetensors_file import open_safetensors
 from megatron_tf.checkpoint.strict_json import NotJsonError, parse_json
 from megatron_tf.config.sections.model import Model
 from megatron_tf.config.tasks import task_of
 from megatron_tf.convert.huggingface.configuration import model_from_config
 from megatron_tf.convert.huggingface.export import CONFIG_NAME, WEIGHTS_NAME
 from megatron_tf.convert.tensors import differing_tensors
-from megatron_tf.durable import open_plain, read_plain
+from megatron_tf.durable import read_plain
 from megatron_tf.errors import CheckpointError, file_errors, shown
 from megatron_tf.state.parameters import parameter_table
 from megatron_tf.tasks.language_model.task import EMBEDDING
@@ -150,17 +150,11 @@ def _read_tensors(folder: Path) -> dict[str, Tensor]:
     tensors: dict[str, Tensor] = {}
     for name in _files_of_weights(folder):
         path = folder / name
-        with file_errors(CheckpointError, path, "Give the whole folder."):
-            try:
-                with open_plain(path), safe_open(path, "pt") as file:
-                    for key in file.keys():
-                        if key in tensors:
-                            raise CheckpointError(f"{path}: holds {key} again, which another file of the folder has")
-                        tensors[key] = file.get_tensor(key)
-            except SafetensorError as error:
-                raise CheckpointError(
-                    f"{path}: is no safetensors file, or a damaged one ({error}). Copy it again"
-                ) from error
+        with open_safetensors(path, "Give the whole folder", "Copy it again") as file:
+            for key in file.keys():
+                if key in tensors:
+                    raise CheckpointError(f"{path}: holds {key} again, which another file of the folder has")
+                tensors[key] = file.get_tensor(key)
     return tensors
 
 
