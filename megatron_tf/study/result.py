@@ -27,6 +27,12 @@ from megatron_tf.study.plan import Node, Plan
 from megatron_tf.telemetry.records import read_records
 
 RESULT_NAME = "result.json"
+# Beginnings of the keys that say how a run is computed and not what: another machine may need other values.
+_MAY_CHANGE = (
+    "run.name", "parallel.", "zero.", "logging.", "checkpoint.interval_steps", "checkpoint.keep_last",
+    "checkpoint.asynchronous", "checkpoint.on_failure", "training.micro_batch_size",
+    "training.activation_checkpointing", "training.compile", "training.norm", "training.scores", "training.profile",
+)  # fmt: skip
 
 Whole = Annotated[int, Field(ge=0, lt=2**60)]
 Finite = Annotated[float, Field(ge=-1e30, le=1e30, allow_inf_nan=False)]
@@ -193,7 +199,10 @@ def write_config(node: Node, study_dir: str) -> Path:
 
 
 def check_unchanged(plan: Plan) -> None:
-    """ConfigError with the keys that differ when a run has begun with another configuration than the file gives now."""
+    """ConfigError with the keys that differ when a run has begun with another configuration than the file gives now.
+
+    Keys that say how a run is computed, such as its layout, may differ: runs resume in any.
+    """
     known = (node for node in plan.nodes if node.waits is None)
     if problems := [problem for node in known if (problem := changed(node, plan.study.dir)) is not None]:
         raise ConfigError(problems)
@@ -224,7 +233,7 @@ def _differing(node: Node, study_dir: str) -> list[tuple[str, str | None, str | 
     return [
         (key, before.get(key), now.get(key))
         for key in {**before, **now}
-        if before.get(key) != now.get(key) and key != "run.name"
+        if before.get(key) != now.get(key) and not key.startswith(_MAY_CHANGE)
     ]
 
 

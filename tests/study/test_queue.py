@@ -261,6 +261,22 @@ def test_a_run_that_is_another_one_now_is_refused(study, write, started):
     assert names == []
 
 
+def test_a_run_that_has_begun_may_go_on_in_another_layout(study, write):
+    of = study()
+    node = make_plan(of).nodes[0]
+    node.folder.mkdir(parents=True)
+    write_config(node, of.dir)
+    common = {
+        "parallel": {"engine": "torch", "tensor": 2},
+        "training": {"micro_batch_size": 1, "activation_checkpointing": True},
+        "checkpoint": {"interval_steps": 3},
+        "logging": {"interval_steps": 3},
+    }
+    check_unchanged(make_plan(study(ranks=2, common=common)))
+    with pytest.raises(ConfigError, match=r"checkpoint.allow_data_change \(false then, true now\)"):
+        check_unchanged(make_plan(study(common={"checkpoint": {"allow_data_change": True}})))
+
+
 def test_a_run_that_failed_may_be_corrected(study, started):
     """It begins anew, and its folder as it was is kept; what has ended is the same run as before."""
     fails = "import sys; sys.exit(2 if 'grown_seed1' in sys.argv[1] else 0)"
