@@ -208,7 +208,7 @@ class AppendedSource:
         return factor if state == WEIGHT else declared_states()[state].factor(factor)
 
     def _noisy(self, name: str) -> bool:
-        return self._growth.noise > 0 and name in self._tensors
+        return self._growth.noise > 0 and name in self._tensors and name.endswith("_tokens")
 
     def _changed(self, name: str, state: str, start: int, stop: int, factor: float) -> Tensor:
         """Old elements, fp64: times `factor`, and weights w with noise as w · (1 + noise · N(0, 1))."""

@@ -186,7 +186,7 @@ def _copies(old: TokenFormerModel, new: TokenFormerModel) -> Iterator[tuple[str,
     table = parameter_table(new)
     for name, projection in projections(new).items():
         bank, before = bank_of(new, projection.kind), bank_of(old, projection.kind)
-        if bank is None:
+        if bank is None or bank == before:
             continue
         if before is not None:
             count = bank.candidates // before.candidates

@@ -13,7 +13,9 @@ from tiny import run_config
 from torch import nn
 from torch.nn import functional as F
 
+from megatron_tf.architectures.tokenformer.forms import norm_forms
 from megatron_tf.config.architectures import architecture_of
+from megatron_tf.config.schema import RunConfig
 from megatron_tf.config.sections.model import Model
 from megatron_tf.config.topology import Topology
 from megatron_tf.costs.estimate import flops_per_token, num_parameters
@@ -23,7 +25,9 @@ from megatron_tf.inference.sampling import generate
 from megatron_tf.model import build_model, sparse_function
 from megatron_tf.model.context import BlockContext
 from megatron_tf.model.layers import FinalNorm, TensorParallel, build_block
+from megatron_tf.model.projection import choose_forms
 from megatron_tf.model.routing import choose
+from megatron_tf.parallel.groups import Group
 from megatron_tf.state.parameters import initial_scales, parameter_table, shard_range
 from megatron_tf.tasks.classes import cross_entropy
 from megatron_tf.tasks.language_model.layers import Embedding
@@ -49,9 +53,17 @@ def test_attention_chooses_too():
     assert network.blocks[0].attention._compiled_call_impl is None
 
 
-def whole_model(group, sequence):
+def only_proj() -> RunConfig:
+    """Query, key and value are dense, and find their norms from KᵀK."""
+    bank = {"proj": {"group_size": 16, "candidates": 3}}
+    return run_config(
+        model={"parameter_tokens": {"qkv": 64, "proj": 64, "ffn": 69}, "sparse": bank}, training={"norm": "gram"}
+    )
+
+
+def whole_model(group, sequence, run):
     """Loss and every gradient over a tensor group, in fp64."""
-    model: Model = with_banks(z_loss=0.5).model
+    model: Model = run.model
     generator = torch.Generator().manual_seed(0)
     ids, labels = torch.randint(0, 99, (2, 2, 16), generator=generator)
     one, context = build_model(model, dtype=torch.float64), BlockContext()
@@ -63,6 +75,7 @@ def whole_model(group, sequence):
     layers = nn.ModuleDict({"embedding": Embedding(model, tensor), "final_norm": FinalNorm(model, tensor)})
     layers["blocks"] = nn.ModuleList(build_block(model, i, initial_scales(model), tensor) for i in range(2))
     layers = layers.double()
+    choose_forms(layers, run.training, "cpu")
     table, whole = parameter_table(model), dict(one.named_parameters())
 
     def local(name: str, full: torch.Tensor) -> torch.Tensor:
@@ -96,7 +109,19 @@ def test_a_z_loss_is_that_of_the_router_scores_and_makes_them_smaller():
 
 
 def test_over_a_tensor_group_in_fp64():
-    spawn_each(whole_model, 2, [(False,), (True,)])
+    runs = with_banks(z_loss=0.5), only_proj()
+    spawn_each(whole_model, 2, [(sequence, run) for run in runs for sequence in (False, True)])
+
+
+def test_the_engine_has_the_forms_of_the_plan():
+    run = only_proj()
+    run = run.model_copy(update={"parallel": run.parallel.model_copy(update={"tensor": 2, "sequence": True})})
+    with torch.device("meta"):
+        block = build_block(run.model, 0, initial_scales(run.model), TensorParallel(Group(2, 0), True))
+    choose_forms(block, run.training, "cuda")
+    planned = norm_forms(run.model, run, "cuda")
+    assert planned["qkv"] == block.attention.query.form.norm == "gram" and planned["ffn"] == block.ffn.form.norm
+    assert all(part.own_rows for part in (block.attention.query, block.attention.value, block.ffn))
 
 
 def test_the_reference_reports_the_load():

@@ -96,8 +96,15 @@ def test_attention_is_split_and_then_the_rest():
     for old, new in zip(models, models[1:]):
         growth = Growth(source="small", method="split")
         assert growth_problems(old, new, growth) == []
-        source = GrownSource(source, InitialSource(new, 7), old_model=old, new_model=new, growth=growth, seed=3)
+        before = source
+        source = GrownSource(before, InitialSource(new, 7), old_model=old, new_model=new, growth=growth, seed=3)
         torch.testing.assert_close(built(new, source)(ids), expected, rtol=1e-12, atol=1e-12)
+    growth = Growth(source="small", method="split", noise=0.1)
+    source = GrownSource(before, InitialSource(new, 7), old_model=old, new_model=new, growth=growth, seed=3)
+    for tensor in ("bank.key_tokens", "bank.value_tokens", "bank.router", "bank.balance"):
+        name = f"blocks.0.attention.proj.{tensor}"
+        numel = parameter_table(new)[name].numel
+        assert torch.equal(whole(source, name, "weight", numel), whole(before, name, "weight", numel))
 
 
 def test_every_copy_has_the_state_of_its_original():

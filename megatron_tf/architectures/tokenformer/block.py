@@ -53,6 +53,9 @@ class SparseAttention(Attention):
         self.key = _projection(model, f"{prefix}.key", "qkv", scales, tensor)
         self.value = _projection(model, f"{prefix}.value", "qkv", scales, tensor)
         self.proj = _projection(model, f"{prefix}.proj", "proj", scales, tensor)
+        for projection in (self.query, self.key, self.value):
+            if isinstance(projection, Pattention):
+                projection.own_rows = tensor.sequence
 
     def forward(
         self,
@@ -61,7 +64,12 @@ class SparseAttention(Attention):
         losses: Reports | None = None,
         metrics: Reports | None = None,
     ) -> Tensor:
-        heads = self.split(self.tensor.enter(hidden), losses, metrics)
+        projections = [self.query, self.key, self.value]
+        if isinstance(self.query, Pattention):
+            dense = cast(list[Pattention], projections)
+            heads = _own_heads(self, partial_outputs(dense, entered(dense, hidden, self.tensor)))
+        else:
+            heads = self.split(self.tensor.enter(hidden), losses, metrics)
         return self.tensor.leave(self.join(self.attended(heads, documents), losses, metrics))
 
     def split(
@@ -70,6 +78,8 @@ class SparseAttention(Attention):
         return _own_heads(self, _outputs([self.query, self.key, self.value], x, losses, metrics))
 
     def join(self, heads: Tensor, losses: Reports | None = None, metrics: Reports | None = None) -> Tensor:
+        if isinstance(self.proj, Pattention):
+            return partial_outputs([self.proj], gathered(self.proj, heads))[0]
         return _outputs([self.proj], gather_from(heads, self.tensor.group, -1), losses, metrics)[0]
 
 
