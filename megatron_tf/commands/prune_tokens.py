@@ -25,6 +25,7 @@ from typing import TYPE_CHECKING, Any
 
 from megatron_tf.arguments import path
 from megatron_tf.config.architectures import architecture_of
+from megatron_tf.config.nearest import either
 from megatron_tf.config.sections.model import Model
 from megatron_tf.costs.estimate import num_parameters
 from megatron_tf.errors import UserError
@@ -70,7 +71,7 @@ def main() -> None:
     from megatron_tf.checkpoint.manager import resolve
     from megatron_tf.checkpoint.reader import open_checkpoint
     from megatron_tf.checkpoint.step_zero import FIRST_STEP, target_folder
-    from megatron_tf.pruning.measure import DataSample, check_run_tokenizer
+    from megatron_tf.pruning.measure import DataSample, boundaries_of_run, check_run_tokenizer
     from megatron_tf.tasks.language_model.section import check_reads_text
 
     prefix = str(arguments.data)
@@ -82,13 +83,15 @@ def main() -> None:
     new = (
         fewer_candidates(old, arguments.candidates) if arguments.tokens is None else fewer_tokens(old, arguments.tokens)
     )
-    data = DataSample(prefix, old, arguments.samples)
+    data = DataSample(prefix, old, arguments.samples, boundaries_of_run(reader.path, prefix))
     compared = check_run_tokenizer(reader.path, prefix)
     print(f"from        {reader.path}, step {reader.index.step:,}, {reader.index.tokens:,} tokens")
     print(f"to          {root / folder_name(FIRST_STEP)}")
     if not compared:
         print("tokenizer   not compared: there is no config.yml of a run around the checkpoint")
 
+    if data.ends:
+        print(f"documents   attention begins anew after token {either(data.ends)}, as in training")
     prune = take_candidates_of if arguments.tokens is None else drop_tokens_of
     start = prune(reader, old, new, data)
     entry = start.growth_history[-1]
@@ -145,11 +148,11 @@ def drop_tokens_of(reader: CheckpointReader, old: Model, new: Model, data: DataS
     kinds = {name: projection.kind for name, projection in projections(old).items()}
     model = load_model(reader.path)
     with watching(4, data) as watched:
-        before = mean_loss(model, watched(data.held, "loss before"))
-        selection = select_tokens(model, watched(data.measured, "contributions"), counts)
-        scales = fit_scales(model, watched(data.measured, "scales"), selection.kept)
+        before = mean_loss(model, watched(data.held, "loss before"), data.ends)
+        selection = select_tokens(model, watched(data.measured, "contributions"), counts, data.ends)
+        scales = fit_scales(model, watched(data.measured, "scales"), selection.kept, data.ends)
         drop_tokens(model, selection.kept, scales)
-        after = mean_loss(model, watched(data.held, "loss after"))
+        after = mean_loss(model, watched(data.held, "loss after"), data.ends)
     ratios = {name: scale / reader.index.scales[name] for name, scale in scales.items()}
     for kind, tokens in old_counts.items():
         of_kind = [name for name in ratios if kinds[name] == kind]
@@ -168,16 +171,17 @@ def take_candidates_of(reader: CheckpointReader, old: Model, new: Model, data: D
 
     model = load_model(reader.path)
     with watching(5, data) as watched:
-        before = mean_loss(model, watched(data.held, "loss before"))
-        use = measure_use(model, watched(data.measured, "contributions"))
+        before = mean_loss(model, watched(data.held, "loss before"), data.ends)
+        use = measure_use(model, watched(data.measured, "contributions"), data.ends)
         del model
         ways = mixtures(use, new)
         sources, losses = {}, {}
         for way, mixture in ways.items():
             sources[way] = CondensedSource(CheckpointSource(reader), old_model=old, model=new, mixtures=mixture)
-            losses[way] = mean_loss(condensed_model(sources[way], new), watched(data.measured, f"loss of {way}"))
+            smaller, batches = condensed_model(sources[way], new), watched(data.measured, f"loss of {way}")
+            losses[way] = mean_loss(smaller, batches, data.ends)
         best = min(losses, key=lambda way: losses[way])
-        after = mean_loss(condensed_model(sources[best], new), watched(data.held, "loss after"))
+        after = mean_loss(condensed_model(sources[best], new), watched(data.held, "loss after"), data.ends)
     shares = [use[name].dropped_share(mixture) for name, mixture in ways[DROP].items()]
     describe_candidates(old, new, shares)
     told = ", ".join(f"{way} {loss:.6f}" for way, loss in losses.items())

@@ -29,8 +29,11 @@ class Documents(NamedTuple):
     mask: Tensor | BlockMask  # [b, 1, s, s]: 0 where a query (row) sees a key, −inf elsewhere
 
 
-def document_starts(ids: Tensor, ends: Sequence[int]) -> Tensor:
-    """`Documents.starts` of ids [b, s]. A token in `ends` (at least one) is the last of its document."""
+def document_starts(ids: Tensor, ends: Sequence[int]) -> Tensor | None:
+    """`Documents.starts` of ids [b, s]. A token in `ends` is the last of its document; without `ends` None: each sample
+    is one document."""
+    if not ends:
+        return None
     is_end = torch.zeros_like(ids, dtype=torch.bool)
     for end in ends:
         is_end |= ids == end

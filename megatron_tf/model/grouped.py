@@ -103,8 +103,9 @@ class CandidatePiece:
         torch.mm(inputs, tokens[self.slot, self.candidate].mT, out=out)
 
     def add_outputs(self, scores: Tensor, tokens: Tensor, total: Tensor, room: Tensor) -> None:
-        """Adds scores · tokens to the piece's rows of `total`."""
-        total.index_add_(0, self.rows, torch.mm(scores, tokens[self.slot, self.candidate], out=room[: len(self.rows)]))
+        """Adds scores · tokens to the piece's rows of `total`, which may be of a wider type."""
+        own = torch.mm(scores, tokens[self.slot, self.candidate], out=room[: len(self.rows)])
+        total.index_add_(0, self.rows, own.to(total.dtype))
 
     def gradients(self, scores: Tensor, inputs: Tensor, out: Tensor) -> None:
         """Writes scoresᵀ · `inputs` into the candidate's part of `out`, which is shaped as the tokens."""

@@ -13,6 +13,7 @@ Pairs depend on each other only through r and T. These are one number a row; `as
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -120,14 +121,14 @@ class ByCandidate(PairSteps):
         return scores, self.assignment.by_row(statistics)
 
     def outputs(self, scores: Tensor, of_pairs: Tensor, total: Tensor | None) -> Tensor:
-        out = scores.new_zeros(len(self.assignment.places), self.values.shape[3]) if total is None else total
-        room = torch.empty_like(out)
+        shape = len(self.assignment.places), self.values.shape[3]
+        out, room = _widened(total, shape, scores), scores.new_empty(shape)
         s = self.function.weights(scores, of_pairs, self.scale) if scores.is_cuda else None
         for piece in pieces(self.assignment, self.values):
             part = piece.pairs
             own = self.function.weights(scores[part], of_pairs[part], self.scale) if s is None else s[part]
             piece.add_outputs(own, self.values, out, room)
-        return out
+        return _rounded(out, total, scores.dtype)
 
     def to_weights(self, scores: Tensor, of_pairs: Tensor, grad: Tensor) -> Weighted:
         d, value_grads = torch.empty_like(scores), empty_gradients(self.values, self.assignment)
@@ -145,7 +146,7 @@ class ByCandidate(PairSteps):
     def to_keys_and_inputs(
         self, scores: Tensor, of_pairs: Tensor, d: Tensor, total: Tensor, x: Tensor, d_x: Tensor | None
     ) -> tuple[Tensor, Tensor]:
-        d_x = torch.zeros_like(x) if d_x is None else d_x
+        out = _widened(d_x, x.shape, d)
         of_total, key_grads = self.assignment.by_pair(total), empty_gradients(self.keys, self.assignment)
         inputs, room = torch.empty_like(x), torch.empty_like(x)
         if x.is_cuda:
@@ -155,5 +156,19 @@ class ByCandidate(PairSteps):
             if not x.is_cuda:
                 self.function.couple(scores[part], of_pairs[part], of_total[part], own_d, self.scale)
             piece.gradients(own_d, piece.inputs(x, inputs), key_grads)
-            piece.add_outputs(own_d, self.keys, d_x, room)
-        return key_grads.flatten(0, 2), d_x
+            piece.add_outputs(own_d, self.keys, out, room)
+        return key_grads.flatten(0, 2), _rounded(out, d_x, d.dtype)
+
+
+def _widened(total: Tensor | None, shape: Sequence[int], scores: Tensor) -> Tensor:
+    """What slots are added to, in at least fp32: `total`, or zeros of this shape. A sum in 16 bits would round at every
+    slot."""
+    dtype = accumulating(scores)
+    return scores.new_zeros(shape, dtype=dtype) if total is None else total.to(dtype)
+
+
+def _rounded(out: Tensor, total: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """`out` in `dtype`, in the memory of `total` if there is one."""
+    if out.dtype == dtype:
+        return out
+    return out.to(dtype) if total is None else total.copy_(out)

@@ -120,7 +120,7 @@ class Stage(nn.Module):
 
     def starts(self, inputs: Tensor) -> Tensor | None:
         """`attention.document_starts` of ids `inputs` [b, s]; None: each sample is one document."""
-        return document_starts(inputs, self.document_ends) if self.document_ends else None
+        return document_starts(inputs, self.document_ends)
 
     def hidden_shape(self, inputs: Tensor) -> tuple[int, int, int]:
         """The shape of this rank's hidden states between stages for `inputs`: (s, b, d), s divided among the ranks."""

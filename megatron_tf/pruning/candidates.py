@@ -19,7 +19,7 @@ the dense ones, followed by those of the slots in their order.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -31,6 +31,7 @@ from megatron_tf.config.architectures import architecture_of
 from megatron_tf.config.sections.model import Model
 from megatron_tf.data.loader import Batch
 from megatron_tf.errors import CheckpointError
+from megatron_tf.model.attention import document_starts
 from megatron_tf.model.grouped import assign, candidate_pieces
 from megatron_tf.model.observing import observed
 from megatron_tf.model.routing import choose
@@ -65,9 +66,9 @@ def with_candidates(model: Model, counts: Mapping[str, int]) -> Model:
 
 
 @torch.no_grad()
-def measure_use(model: TokenFormer, batches: Iterable[Batch]) -> dict[str, Use]:
-    """The `Use` of each projection that has candidates, by name, over `batches`. CheckpointError when contributions are
-    not finite."""
+def measure_use(model: TokenFormer, batches: Iterable[Batch], ends: Sequence[int] = ()) -> dict[str, Use]:
+    """The `Use` of each projection that has candidates, by name, over `batches`. `ends`: the tokens after which
+    attention begins anew. CheckpointError when contributions are not finite."""
     found: dict[str, Use] = {}
     observers = []
     for name, projection in model.named_modules():
@@ -77,7 +78,7 @@ def measure_use(model: TokenFormer, batches: Iterable[Batch]) -> dict[str, Use]:
             observers.append((projection, partial(add_use, projection, found[name])))
     with observed(observers):
         for ids, _ in batches:
-            model.hidden_states(ids)
+            model.hidden_states(ids, document_starts(ids, ends))
     for name, use in found.items():
         if not use.contributions.isfinite().all():
             raise CheckpointError(

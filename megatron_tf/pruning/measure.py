@@ -8,7 +8,7 @@ block for a few samples, and one number for each token.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -25,10 +25,12 @@ from megatron_tf.checks import check_whole_number
 from megatron_tf.config.nearest import either
 from megatron_tf.config.sections.data import DataSource
 from megatron_tf.config.sections.model import Model, ParameterTokens
+from megatron_tf.data.documents import Boundaries, find_boundaries
 from megatron_tf.data.loader import BatchLoader, build_dataset, check_tokenizer
 from megatron_tf.errors import CheckpointError, DataError, UserError
 from megatron_tf.growth.source import PRUNED, growth_entry
 from megatron_tf.inference.load import run_config
+from megatron_tf.model.attention import document_starts
 from megatron_tf.model.observing import observed
 from megatron_tf.model.projection import Pattention
 from megatron_tf.model.tokenformer import TokenFormer
@@ -38,11 +40,13 @@ from megatron_tf.pruning.source import PrunedSource
 from megatron_tf.state.optimizer_states import STATES, WEIGHT
 from megatron_tf.state.parameters import parameter_table, projections
 from megatron_tf.state.sources import StateSource, StepZero
+from megatron_tf.tasks.classes import IGNORED
 from megatron_tf.tasks.data import Batch
 from megatron_tf.tasks.language_model.section import vocab_size_of
 from megatron_tf.telemetry.text import count_of
 
 DEFAULT_SAMPLES = 64
+NO_BOUNDARIES = Boundaries()
 _SEED = 0  # of the order of samples; constant, so that the samples depend only on the data and seq_length
 _BATCH_TOKENS = 2048
 
@@ -88,15 +92,27 @@ def check_run_tokenizer(checkpoint: Path, prefix: str) -> bool:
     return True
 
 
+def boundaries_of_run(checkpoint: Path, prefix: str) -> Boundaries:
+    """The boundaries of documents that the run of the checkpoint has been trained with, in the data `prefix`.
+
+    None without the run's config.yml. DataError when the token that ends a document is not known.
+    """
+    config = run_config(checkpoint)
+    if config is None:
+        return Boundaries()
+    own = {"train": (DataSource(path=literal(prefix)),), "validation": ()}
+    return find_boundaries(config.data.model_copy(update=own))
+
+
 class DataSample:
     """Two disjoint parts of prepared data: `measured` for contributions and τ, `held` for the loss.
 
-    `prefix`: of the .bin/.idx pair.  `samples`: the number in each part, of `model.seq_length` tokens each; None:
-    DEFAULT_SAMPLES, or half of the data if there are fewer than twice as many.
+    `prefix`: of the .bin/.idx pair.  `boundaries`: of documents, for the loss.  `samples`: the number in each part, of
+    `model.seq_length` tokens each; None: DEFAULT_SAMPLES, or half of the data if there are fewer than twice as many.
     DataError when the data are missing, have another vocabulary, or are too few.
     """
 
-    def __init__(self, prefix: str, model: Model, samples: int | None):
+    def __init__(self, prefix: str, model: Model, samples: int | None, boundaries: Boundaries = NO_BOUNDARIES):
         dataset = build_dataset([DataSource(path=literal(prefix))], model.seq_length, _SEED, vocab_size_of(model))
         available = dataset.sources[0].samples_per_epoch
         if available < 2:
@@ -110,7 +126,7 @@ class DataSample:
                 f"--samples: {self.samples} to measure and as many others for the loss are asked of {prefix}, which "
                 f"has {available} of {model.seq_length} tokens. Choose 1 to {available // 2}."
             )
-        self.prefix = prefix
+        self.prefix, self.ends = prefix, boundaries.ends
         self._loader = BatchLoader(
             dataset,
             micro_batch_size=1,
@@ -118,6 +134,7 @@ class DataSample:
             data_rank=0,
             data_size=1,
             vocab_size=vocab_size_of(model),
+            loss_mask=boundaries.loss_mask,
         )
         self._together = max(1, _BATCH_TOKENS // model.seq_length)
 
@@ -155,9 +172,12 @@ class Selection:
 
 
 @torch.no_grad()
-def select_tokens(model: TokenFormer, batches: Iterable[Batch], counts: Mapping[str, int]) -> Selection:
+def select_tokens(
+    model: TokenFormer, batches: Iterable[Batch], counts: Mapping[str, int], ends: Sequence[int] = ()
+) -> Selection:
     """For each projection, the tokens that contribute most over `batches`, as many as `counts` has for its kind.
 
+    `ends`: the tokens after which attention begins anew.
     CheckpointError when contributions are not finite. ArgumentError when a projection has fewer tokens than that.
     """
     specs = projections(model.config)
@@ -173,7 +193,7 @@ def select_tokens(model: TokenFormer, batches: Iterable[Batch], counts: Mapping[
         totals[name] = totals[name] + summed if name in totals else summed
 
     for ids, _ in batches:
-        visit_projections(model, ids, shrinking, add)
+        visit_projections(model, ids, shrinking, add, ends)
     kept, dropped = {}, {}
     for name, total in totals.items():
         if not total.isfinite().all():
@@ -187,8 +207,11 @@ def select_tokens(model: TokenFormer, batches: Iterable[Batch], counts: Mapping[
 
 
 @torch.no_grad()
-def fit_scales(model: TokenFormer, batches: Iterable[Batch], kept: Mapping[str, Tensor]) -> dict[str, float]:
-    """τ' of each projection in `kept`, which changes its outputs least, see `pruning.criterion`."""
+def fit_scales(
+    model: TokenFormer, batches: Iterable[Batch], kept: Mapping[str, Tensor], ends: Sequence[int] = ()
+) -> dict[str, float]:
+    """τ' of each projection in `kept`, which changes its outputs least, see `pruning.criterion`. `ends`: see
+    `select_tokens`."""
     sums = {name: [0.0, 0.0] for name in kept}
 
     def add(name: str, projection: Pattention, x: Tensor) -> None:
@@ -199,7 +222,7 @@ def fit_scales(model: TokenFormer, batches: Iterable[Batch], kept: Mapping[str, 
         sums[name][1] += below
 
     for ids, _ in batches:
-        visit_projections(model, ids, kept, add)
+        visit_projections(model, ids, kept, add, ends)
     # Where the output is 0, every τ is as good, and where the best one is not positive, it cannot be used: τ stays.
     return {
         name: model.scales[name] * (above / below if above > 0 and below > 0 else 1.0)
@@ -219,13 +242,15 @@ def drop_tokens(model: TokenFormer, kept: Mapping[str, Tensor], scales: Mapping[
 
 
 @torch.no_grad()
-def mean_loss(model: TokenFormer, batches: Iterable[Batch]) -> float:
-    """Mean cross-entropy per token, in nats. CheckpointError when it is not finite."""
+def mean_loss(model: TokenFormer, batches: Iterable[Batch], ends: Sequence[int] = ()) -> float:
+    """Mean cross-entropy per token, in nats, of labels that are not IGNORED. `ends`: see `select_tokens`.
+    CheckpointError when it is not finite."""
     total, tokens = 0.0, 0
     for ids, labels in batches:
         for row, targets in zip(ids.split(1), labels.split(1)):  # by sample, because logits are large
-            total += float(F.cross_entropy(model(row)[0].float(), targets[0], reduction="sum"))
-        tokens += labels.numel()
+            logits = model(row, document_starts(row, ends))[0].float()
+            total += float(F.cross_entropy(logits, targets[0], ignore_index=IGNORED, reduction="sum"))
+        tokens += int((labels != IGNORED).sum())
     if not math.isfinite(total):
         raise CheckpointError("the model's loss is not finite: its training diverged. Use an earlier checkpoint.")
     return total / tokens
@@ -269,10 +294,14 @@ def smaller_start(reader: CheckpointReader, model: Model, source: StateSource, m
 
 
 def visit_projections(
-    model: TokenFormer, ids: Tensor, names: Iterable[str], visit: Callable[[str, Pattention, Tensor], None]
+    model: TokenFormer,
+    ids: Tensor,
+    names: Iterable[str],
+    visit: Callable[[str, Pattention, Tensor], None],
+    ends: Sequence[int] = (),
 ) -> None:
     """Runs the model on ids [b, s], and calls visit(name, projection, x [s·b, d]) with the input x of each projection
-    in `names`, in model order.
+    in `names`, in model order. `ends`: see `select_tokens`.
     """
     observers = []
     for name in names:
@@ -280,7 +309,7 @@ def visit_projections(
         assert isinstance(projection, Pattention)
         observers.append((projection, partial(_visit, visit, name, projection)))
     with observed(observers):
-        model.hidden_states(ids)
+        model.hidden_states(ids, document_starts(ids, ends))
 
 
 def _visit(visit: Callable[[str, Pattention, Tensor], None], name: str, projection: Pattention, x: Tensor) -> None:

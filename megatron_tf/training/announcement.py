@@ -47,7 +47,8 @@ def lines_about(
     step, batches = start.progress.step, plan.batches
     for text in describe(told.config, plan.topology.world_size, batches, step, told.origin, device).splitlines():
         yield Line(text)
-    for text in (*passed_over, *told.ineffective, *_shorter_than_trained(told.config, start), *_clones_alike(start)):
+    doubts = *_shorter_than_trained(told.config, start), *_clones_alike(start), *_not_proved(start)
+    for text in (*passed_over, *told.ineffective, *doubts):
         yield Line(text, is_warning=True)
     for text in (start.description, *told.lines):
         yield Line(text)
@@ -69,6 +70,12 @@ def _shorter_than_trained(config: RunConfig, start: Start) -> Iterator[str]:
         if asked is None or trained - asked < a_step:
             continue
         yield below_trained(f"training.{key}", asked, trained)
+
+
+def _not_proved(start: Start) -> Iterator[str]:
+    """A warning for a run that begins with a growth that a tool has done, if the smaller model is not there."""
+    if start.missing_source:
+        yield f"growth: is not proved, because {start.missing_source}. Restore it at that path to have it proved"
 
 
 def _clones_alike(start: Start) -> Iterator[str]:

@@ -71,7 +71,7 @@ def following(stage: nn.Module, choices: Mapping[str, Choices]) -> Iterator[Foll
     def follow(name: str, logits: Tensor, balance: Tensor) -> Tensor:
         chosen = choose(logits, balance)
         slots, rank = logits.shape[1], projections[name].group.rank
-        originals = next(forwards[name])[:, rank * slots : (rank + 1) * slots]
+        originals = next(forwards[name])[:, rank * slots : (rank + 1) * slots].to(logits.device)
         known = originals.shape[1]
         copies = logits.shape[2] // choices[name].candidates
         followed.total += originals.numel()

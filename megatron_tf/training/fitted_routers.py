@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from megatron_tf.architectures.spec import BankSpec
-from megatron_tf.checkpoint.architecture import stored_model
+from megatron_tf.config.schema import RunConfig
 from megatron_tf.growth.methods import SPLIT
 from megatron_tf.growth.routers import fit_routers
 from megatron_tf.growth.source import growth_seed
@@ -19,9 +19,10 @@ from megatron_tf.parallel.collectives import all_reduce
 from megatron_tf.parallel.groups import make_group
 from megatron_tf.runtime.agreement import together
 from megatron_tf.state.optimizer_states import WEIGHT
-from megatron_tf.state.parameters import candidate_counts, projections
+from megatron_tf.state.parameters import candidate_counts, in_layer, layer_of, projections
 from megatron_tf.state.sources import StateSource, WithWeights
 from megatron_tf.tasks.data import OpenData
+from megatron_tf.training.moved_layers import of_all_stages
 from megatron_tf.training.running import Run
 from megatron_tf.training.start import Start
 
@@ -29,18 +30,21 @@ from megatron_tf.training.start import Start
 POSITIONS, MOST_POSITIONS = 256, 8192
 
 
-def fits_routers(run: Run, start: Start) -> bool:
+def fits_routers(config: RunConfig, start: Start) -> bool:
     """Whether the run begins with the split of dense projections, and its configuration wants fitted routers."""
-    growth, smaller, model = run.config.growth, start.grown_from, run.config.model
-    if growth is None or smaller is None or growth.routers != "clusters" or growth.method != SPLIT:
+    growth, model = config.growth, config.model
+    if growth is None or growth.routers != "clusters" or growth.method != SPLIT:
         return False
-    old = stored_model(smaller.index)
+    if start.grown_from is None and not start.missing_source:
+        return False
+    old = start.model_before(model)
     return old.hidden_size == model.hidden_size and candidate_counts(old).keys() < candidate_counts(model).keys()
 
 
 @torch.no_grad()
 def with_fitted_routers(run: Run, start: Start, smaller: Stage, data: OpenData) -> StateSource:
-    """`start.source` with the routers of `growth.routers` in all projections of this rank that become slots.
+    """`start.source` with the routers of `growth.routers` in all projections of this rank that become slots, also in
+    new layers that are copies of others.
 
     `smaller`: this rank's part of the smaller model. All ranks call it together. Others than the first of the replicas
     take its routers: they must be equal to the last bit, and clusters could make more of a difference in rounding.
@@ -48,10 +52,8 @@ def with_fitted_routers(run: Run, start: Start, smaller: Stage, data: OpenData) 
     model, topology, training = run.config.model, run.plan.topology, run.config.training
     new, banks, dense = projections(model), {}, {}
     for name, module in smaller.named_modules():
-        if isinstance(module, Pattention):
-            now = start.name_now(name, model)
-            if (bank := new[now].bank) is not None:
-                banks[now], dense[now] = bank, module
+        if isinstance(module, Pattention) and (bank := new[start.name_now(name, model)].bank) is not None:
+            banks[name], dense[name] = bank, module
     rows = min(POSITIONS * max(candidate_counts(model).values()), MOST_POSITIONS)
     positions = training.micro_batch_size * model.seq_length // topology.context
     loader = together(
@@ -71,14 +73,24 @@ def with_fitted_routers(run: Run, start: Start, smaller: Stage, data: OpenData) 
     for name, bank in banks.items():
         x = torch.cat(inputs[name])
         if replicas.rank == 0:
-            router, balance = fit_routers(x, _keys(start.source, name, bank, x.shape[1]), bank.candidates, seed)
+            keys = _keys(start.source, start.name_now(name, model), bank, x.shape[1])
+            router, balance = fit_routers(x, keys, bank.candidates, seed)
         else:
             router = x.new_zeros(bank.slots, bank.candidates, x.shape[1], dtype=torch.float64)
             balance = router.new_zeros(router.shape[:2])
         fitted[f"{name}.bank.router"] = all_reduce(router, replicas).float().cpu()
         fitted[f"{name}.bank.balance"] = all_reduce(balance, replicas).float().cpu()
     run.console.info(f"growth: new routers follow clusters of {rows:,} positions of training data")
-    return WithWeights(start.source, fitted)
+    everywhere = of_all_stages(run, start, fitted)
+    return WithWeights(
+        start.source,
+        {
+            in_layer(name, at): value
+            for name, value in everywhere.items()
+            for at, layer in enumerate(start.taken_from(model))
+            if layer == layer_of(name)
+        },
+    )
 
 
 def _keep(parts: list[Tensor], rows: int, x: Tensor) -> None:

@@ -12,11 +12,13 @@ import torch
 
 from megatron_tf.checkpoint.manager import Ranks, find_latest
 from megatron_tf.config.schema import RunConfig
+from megatron_tf.errors import ConfigError
 from megatron_tf.runtime.agreement import from_rank_zero, gather, together
 from megatron_tf.runtime.environment import LaunchEnvironment
 from megatron_tf.runtime.run_folder import PATIENCE_SECONDS, RunFolder
 from megatron_tf.telemetry.console import Console
 from megatron_tf.training.account import Account, account, earlier_settings, keep_config
+from megatron_tf.training.fitted_routers import fits_routers
 from megatron_tf.training.running import Run
 from megatron_tf.training.shared_folder import check_shared
 from megatron_tf.training.start import Start, begin, checkpoints_folder, choose
@@ -53,8 +55,13 @@ def open_run(
     folder = together(lambda: RunFolder(path_of_run, closing, _patience(config, environment)) if is_main else None)
     path, passed_over = choose(config, Ranks(environment.rank, world_size, gather))
     start = together(lambda: begin(config, path, data))
-    if not all(gather(start.grown_from is not None)):
-        start = replace(start, grown_from=None)
+    if missing := [reason for reason in gather(start.missing_source) if reason]:
+        start = replace(start, grown_from=None, missing_source=missing[0])
+        if fits_routers(config, start):
+            raise ConfigError(
+                f"growth.routers: clusters fits the routers of the split to the smaller model, and {missing[0]}. "
+                "Restore it at that path, or set growth.routers to random."
+            )
     plan = start.plan(config, world_size)
     if world_size > 1:
         check_shared(path_of_run, is_main)

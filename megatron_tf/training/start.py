@@ -4,7 +4,6 @@ ones."""
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -28,6 +27,7 @@ from megatron_tf.config.sections.model import Model
 from megatron_tf.costs.estimate import flops_per_token
 from megatron_tf.errors import CheckpointError, ConfigError, shortened
 from megatron_tf.growth.grow import grow
+from megatron_tf.growth.layers import DEPTH_METHODS
 from megatron_tf.growth.methods import SPLIT
 from megatron_tf.growth.width import before_cloning
 from megatron_tf.state.parameters import in_layer, layer_of, parameter_table
@@ -51,8 +51,8 @@ class Progress:
 class Start:
     """Everything a run starts from.
 
-    `grown_from`: the open source checkpoint of a growth that is not proved yet.  `resumed`: from a checkpoint of its
-    own.
+    `grown_from`: the open source checkpoint of a growth that is not proved yet.  `missing_source`: why that of such a
+    growth cannot be opened; else empty.  `resumed`: from a checkpoint of its own.
     `changes`: facts that have changed without a key of the configuration: [before, now] by name.
     """
 
@@ -61,6 +61,7 @@ class Start:
     progress: Progress = Progress()
     growth_history: tuple[Mapping[str, Any], ...] = ()
     grown_from: CheckpointReader | None = None
+    missing_source: str = ""
     trackers: Mapping[str, str] = field(default_factory=dict)
     run_state: Mapping[str, Any] = field(default_factory=dict)
     resumed: bool = False
@@ -97,8 +98,8 @@ class Start:
         """Where, in the flattened tensors of `model`, the tokens of its last growth begin."""
         if not self.growth_history:
             return {}
-        (before,) = _models_before(model, self.growth_history[-1:])
-        old = {self.name_now(name, model): spec.numel for name, spec in parameter_table(before).items()}
+        before = parameter_table(self.model_before(model))
+        old = {self.name_now(name, model): spec.numel for name, spec in before.items()}
         # what was split lies between its copies, and none of them is older than the others
         copied = self.growth_history[-1].get("method") == SPLIT
         return {
@@ -106,6 +107,11 @@ class Start:
             for name, spec in parameter_table(model).items()
             if spec.growable
         }
+
+    def model_before(self, model: Model) -> Model:
+        """The model before the last growth; `model` is the run's, which has grown."""
+        (before,) = _models_before(model, self.growth_history[-1:])
+        return before
 
     def name_now(self, name: str, model: Model) -> str:
         """The parameter or projection of `model` that was `name` before the last growth."""
@@ -115,6 +121,13 @@ class Start:
     def new_layers(self, model: Model) -> frozenset[int]:
         """The layers of `model` that its last growth added."""
         return frozenset(range(model.num_layers)).difference(self._old_at(model))
+
+    def taken_from(self, model: Model) -> Sequence[int | None]:
+        """For each layer of `model` the one before the last growth that it began as a copy of; None: it is initial."""
+        layers = self.growth_history[-1].get("layers") if self.growth_history else None
+        if layers is None:
+            return range(model.num_layers)
+        return DEPTH_METHODS[layers["method"]](layers["from"], layers["to"]).taken
 
     def _old_at(self, model: Model) -> Sequence[int]:
         """Where each layer of the model before the last growth stands now."""
@@ -240,7 +253,7 @@ def begin(config: RunConfig, path: Path | None, data: Mapping[str, Any]) -> Star
             f"{how} {path} at step {index.step:,}{note}",
             Progress(index.step, index.samples, index.tokens),
             index.growth_history,
-            _unproved(index),
+            *_unproved(index),
             trackers=trackers,
             run_state=index.run,
             resumed=True,
@@ -292,17 +305,19 @@ def _warm_start(config: RunConfig, path: Path) -> Start:
     )
 
 
-def _unproved(index: CheckpointIndex) -> CheckpointReader | None:
-    """The source checkpoint of a growth that was done as a file operation and is not yet verified, or None."""
+def _unproved(index: CheckpointIndex) -> tuple[CheckpointReader | None, str]:
+    """The source checkpoint of a growth that was done as a file operation and is not yet verified, or None; and why it
+    cannot be opened."""
     if index.step > 0 or not index.growth_history:
-        return None
+        return None, ""
     entry = index.growth_history[-1]
     model = stored_model(index)
     if entry["loss_before"] is not None or entry["to"] != _token_counts(model):
-        return None
-    with suppress(CheckpointError):
-        return open_checkpoint(Path(entry["source"]))
-    return None
+        return None, ""
+    try:
+        return open_checkpoint(Path(entry["source"])), ""
+    except CheckpointError as error:
+        return None, str(error)
 
 
 def _check_data(config: RunConfig, stored: Mapping[str, Any], data: Mapping[str, Any], path: Path) -> None:

@@ -20,6 +20,7 @@ from megatron_tf.runtime.watchdog import Watchdog
 from megatron_tf.training.choices import following, recorded
 from megatron_tf.training.fitted_routers import fits_routers, with_fitted_routers
 from megatron_tf.training.growth_proof import compare, probe
+from megatron_tf.training.moved_layers import of_all_stages
 from megatron_tf.training.run_data import Loaders
 from megatron_tf.training.running import Run
 from megatron_tf.training.start import Start
@@ -37,9 +38,10 @@ def start_engine(run: Run, start: Start, loaders: Loaders, watchdog: Watchdog) -
     held = together(lambda: list(loaders.held.step_batches(0)))
     split = TensorParallel(tensor, run.config.parallel.sequence, make_group(topology, "context", timeout))
     smaller = _smaller_stage(run, start.grown_from, split, ends)
-    with recorded(smaller) as choices:
+    with recorded(smaller) as own_choices:
         before = probe(smaller, held)
-    if fits_routers(run, start):
+    choices = of_all_stages(run, start, own_choices)
+    if fits_routers(run.config, start):
         watchdog.begin("fitting the routers")
         start = replace(start, source=with_fitted_routers(run, start, smaller, loaders.data))
     del smaller

@@ -174,7 +174,7 @@ def reference(config: RunConfig, steps: int, dtype: torch.dtype = torch.float32,
         for number, (inputs, targets) in enumerate(micro_batches):
             places = range(number * plan.micro_batch_size, (number + 1) * plan.micro_batch_size)
             context = BlockContext(branches=drop_path.scales(step, places))
-            logits = model(inputs, document_starts(inputs, ends) if ends else None, context)
+            logits = model(inputs, document_starts(inputs, ends), context)
             loss = layers.plain_loss(logits, targets) / count
             auxiliary = [given / plan.num_micro_batches for given in context.losses.values()]
             torch.stack([loss, *auxiliary]).sum().backward()
@@ -202,7 +202,7 @@ def _validation_loss(model: torch.nn.Module, config: RunConfig, plan: BatchPlan,
     total, count = 0.0, 0
     model.eval()
     for inputs, targets in example_batches(config, plan, step, 0, 1):
-        logits = model(inputs, document_starts(inputs, ends) if ends else None)
+        logits = model(inputs, document_starts(inputs, ends))
         total += layers.plain_loss(logits, targets).item()
         count += int(layers.counts(targets).sum())
     return total / count

@@ -57,6 +57,10 @@ def test_a_chain_with_a_split_proves_itself_at_every_layout(folder):
     assert "new routers" not in (folder / "run" / "again" / "train.log").read_text()
 
 
+# The second layer moves to the first of two stages.
+DEEPER = ("model.num_layers=4", "growth.depth_method=stack")
+
+
 @pytest.mark.slow
 def test_routers_of_a_split_are_the_same_at_every_layout(started):
     """Fitted to clusters; candidates that hardly learn keep them."""
@@ -64,6 +68,7 @@ def test_routers_of_a_split_are_the_same_at_every_layout(started):
     for name, ranks, *options in (
         ("one", 1), ("random", 1, "growth.routers=random"), ("data", 2), ("stages", 2, "parallel.pipeline=2"),
         ("tensor", 2, "parallel.tensor=2", "parallel.sequence=true"), ("torch", 2, "parallel.engine=torch"),
+        ("deeper", 1, *DEEPER), ("deeper_stages", 2, "parallel.pipeline=2", *DEEPER),
     ):  # fmt: skip
         done = train(
             started, f"run.dir={started / name}", f"growth.from={started / 'run'}", "growth.method=split",
@@ -77,11 +82,16 @@ def test_routers_of_a_split_are_the_same_at_every_layout(started):
             for tensor in reader.index.tensors
             if tensor.endswith((".router", ".balance"))
         }
-    assert len(found["one"]) == 4
-    for name in ("data", "stages", "tensor", "torch"):
-        for tensor, values in found["one"].items():
+    assert len(found["one"]) == 4 and len(found["deeper"]) == 8
+    for name in ("data", "stages", "tensor", "torch", "deeper_stages"):
+        expected = found["deeper" if name == "deeper_stages" else "one"]
+        for tensor, values in expected.items():
             assert values.abs().max() > 1e-5
             torch.testing.assert_close(found[name][tensor], values, rtol=0, atol=1e-6)
+    for layer in (1, 3):  # a layer and its copy
+        for tensor in ("router", "balance"):
+            copied, fitted = f"blocks.{layer}.ffn.bank.{tensor}", f"blocks.1.ffn.bank.{tensor}"
+            torch.testing.assert_close(found["deeper"][copied], found["one"][fitted], rtol=0, atol=1e-6)
     assert not torch.allclose(found["random"]["blocks.0.ffn.bank.router"], found["one"]["blocks.0.ffn.bank.router"])
 
 

@@ -259,3 +259,29 @@ def sharded(group, activation, dense):
 
 def test_over_a_tensor_group():
     spawn_each(sharded, 2, [(ACTIVATIONS[0], 5), *((activation, 0) for activation in ACTIVATIONS)])
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_slots_add_up_in_fp32(dtype):
+    """In 16 bits many slots are as far from fp64 as a dense layer, which rounds its output once."""
+    slots, own = 144, SparsePattention(144 * 16, 64, 64, group_size=16, candidates=2).to(dtype)
+    with torch.no_grad():
+        own.bank.router.zero_()
+        for tokens in (own.bank.key_tokens, own.bank.value_tokens):
+            by_slot = tokens.view(slots, 2, 16, 64)
+            by_slot[:, 1] = by_slot[:, 0]
+    tokens = [
+        t.detach().view(slots, 2, 16, 64)[:, 0].flatten(0, 1) for t in (own.bank.key_tokens, own.bank.value_tokens)
+    ]
+    x, weight = torch.randn(2, 128, 64, generator=torch.Generator().manual_seed(0)).to(dtype).unbind()
+
+    def outcome(layer, x: Tensor) -> list[Tensor]:
+        x = x.clone().requires_grad_()
+        out = layer(x)
+        (out * weight.to(x.dtype)).sum().backward()
+        return [out.detach(), x.grad]
+
+    exact = outcome(lambda x: pattention(x, *(t.double() for t in tokens)), x.double())
+    dense = outcome(lambda x: pattention(x, *tokens), x)
+    for found, once, true in zip(outcome(own.partial, x), dense, exact):
+        assert (found.double() - true).norm() < 1.3 * (once.double() - true).norm()

@@ -4,11 +4,25 @@ import pytest
 import torch
 from torch.nn.functional import cross_entropy, layer_norm
 
+from megatron_tf.config.load import dump_config
+from megatron_tf.config.schema import RunConfig
 from megatron_tf.config.sections.model import Model
+from megatron_tf.data.documents import Boundaries
+from megatron_tf.data.indexed import IndexedWriter
 from megatron_tf.errors import ArgumentError, CheckpointError
 from megatron_tf.model import build_model
-from megatron_tf.pruning.measure import drop_tokens, fit_scales, mean_loss, select_tokens, visit_projections
+from megatron_tf.model.attention import document_starts
+from megatron_tf.pruning.measure import (
+    DataSample,
+    boundaries_of_run,
+    drop_tokens,
+    fit_scales,
+    mean_loss,
+    select_tokens,
+    visit_projections,
+)
 from megatron_tf.state.parameters import initial_scales
+from megatron_tf.tasks.classes import IGNORED
 
 SMALL = {"qkv": 9, "proj": 7, "ffn": 20}
 LARGE = {"qkv": 14, "proj": 7, "ffn": 33}
@@ -104,6 +118,50 @@ def test_the_loss_is_the_mean_of_all_tokens():
     logits = torch.cat([model(ids) for ids, _ in data])
     expected = cross_entropy(logits.flatten(0, 1), torch.cat([labels for _, labels in data]).flatten())
     assert mean_loss(model, data) == pytest.approx(expected.item(), rel=1e-6)
+
+
+def test_attention_begins_anew_where_documents_end():
+    """As in training, in every pass; labels without a loss are left out of its mean."""
+    model, (ids, labels) = build_model(config(LARGE)), batches(1)[0]
+    starts, ends = document_starts(ids, (3, 5)), (3, 5)
+    labels = labels.masked_fill(ids == 3, IGNORED)
+    assert starts.any() and (labels == IGNORED).any()
+    expected = cross_entropy(model(ids, starts).flatten(0, 1), labels.flatten())
+    assert mean_loss(model, [(ids, labels)], ends) == pytest.approx(expected.item(), rel=1e-6)
+    assert mean_loss(model, [(ids, labels)]) != pytest.approx(expected.item(), rel=1e-4)
+    seen = {}
+    model.blocks[2].ffn.observer = lambda x: seen.__setitem__("direct", x)
+    model(ids, starts)
+    model.blocks[2].ffn.observer = None
+    visit_projections(model, ids, ["blocks.2.ffn"], lambda name, _, x: seen.__setitem__("visited", x), ends)
+    assert torch.equal(seen["visited"], seen["direct"].flatten(0, -2))
+    kept = {own: select_tokens(model, [(ids, labels)], SMALL, own).dropped_share for own in ((), ends)}
+    assert kept[()]["blocks.2.ffn"] != kept[ends]["blocks.2.ffn"]
+
+
+def test_documents_are_those_of_the_run(tmp_path):
+    with IndexedWriter(tmp_path / "tokens", vocab_size=23) as writer:
+        for length in range(2, 40):
+            writer.add_document([*(number % 22 for number in range(length)), 22])
+    model = config(LARGE)
+    values = {
+        "run": {"dir": str(tmp_path / "run")},
+        "model": model.model_dump(mode="json"),
+        "training": {"train_steps": 1, "global_batch_size": 1, "micro_batch_size": 1},
+        "optimizer": {"lr": 1e-3},
+        "data": {"train": [{"path": str(tmp_path / "other")}], "eod_id": 22, "reset_at_eod": True,
+                 "mask_eod_loss": True},
+    }  # fmt: skip
+    checkpoint = tmp_path / "run" / "checkpoints" / "step_00000001"
+    checkpoint.mkdir(parents=True)
+    prefix = str(tmp_path / "tokens")
+    assert boundaries_of_run(checkpoint, prefix) == Boundaries()
+    (tmp_path / "run" / "config.yml").write_text(dump_config(RunConfig.model_validate(values)))
+    found = boundaries_of_run(checkpoint, prefix)
+    sample = DataSample(prefix, model, 4, found)
+    assert found.ends == sample.ends == (22,)
+    for ids, labels in sample.measured:
+        assert ((labels == IGNORED) == (ids == 22)).all() and (ids == 22).any()
 
 
 def test_a_model_that_diverged_is_refused():
