@@ -123,7 +123,13 @@ class TokenLayer(nn.Module, BaseTunerLayer):
 
 
 class PattentionLayer(TokenLayer):
-    """Branches in parallel to a module."""
+    """Branches in parallel to a module.
+
+    `loss_weight`: of the balancing loss of branches with candidates. A loop that adds up the gradients of several
+    forward passes sets it to the share of each, see `weigh_losses`.
+    """
+
+    loss_weight = 1.0
 
     def attach(self, module: nn.Module) -> list[RemovableHandle]:
         return [module.register_forward_hook(self._add, with_kwargs=True)]
@@ -146,7 +152,7 @@ class PattentionLayer(TokenLayer):
     def _chosen(self, x: Tensor, adapter: str) -> Tensor:
         losses: Reports = {}
         out = self.choices[adapter].partial(x, losses, {})
-        return _WithLoss.apply(out, losses["balance"])
+        return _WithLoss.apply(out, losses["balance"] * self.loss_weight)
 
     def _add(self, module: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any], output: Any) -> Any:
         if self.disable_adapters:
@@ -157,6 +163,13 @@ class PattentionLayer(TokenLayer):
         if isinstance(output, tuple):  # attention weights or router logits come after the hidden states
             return (output[0] + added.to(output[0].dtype), *output[1:])
         return output + added.to(output.dtype)
+
+
+def weigh_losses(model: nn.Module, weight: float) -> None:
+    """Sets `loss_weight` of all branches of `model`, for the forward passes that follow."""
+    for module in model.modules():
+        if isinstance(module, PattentionLayer):
+            module.loss_weight = weight
 
 
 class _WithLoss(Function):

@@ -161,7 +161,9 @@ def _split(adapter: Adapter, num_tokens: int, group_size: int | None, freeze_old
     check_group("group_size", used, size)
     candidates, branches = num_tokens // used, {}
     for name, branch in adapter.branches.items():
-        fresh = torch.randn(num_tokens // size, branch.keys.shape[1], generator=_generator(seed, name, "routers"))
+        # Other numbers than in a split before: δ that equal ρ would leave some copies to no position.
+        generator = _generator(seed, name, f"routers {len(config['history'])}")
+        fresh = torch.randn(num_tokens // size, branch.keys.shape[1], generator=generator)
         branches[name] = split_branch(branch, (fresh * INITIAL_STD).to(branch.keys.dtype), size, candidates)
     return _changed(
         adapter, branches, _entry(adapter, SPLIT, num_tokens, config["scale"], seed), num_tokens=num_tokens,

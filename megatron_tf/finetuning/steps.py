@@ -13,6 +13,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from megatron_tf.adapters.branch import weigh_losses
 from megatron_tf.errors import TrainingError
 from megatron_tf.finetuning.batches import IGNORED, Batch, Row, collate, count_targets
 from megatron_tf.finetuning.sharding import is_sharded, local
@@ -71,6 +72,7 @@ def backward(
     total = count_targets(rows)
     loss = torch.zeros((), device=computing.device)
     for part in computing.own_parts(rows):
+        weigh_losses(model, len(part) / len(rows))
         # Parts without learnt tokens are computed too, because gathering a sharded layer takes all ranks.
         own = summed_loss(model, collate(part, computing.length), computing) / total
         own.backward()

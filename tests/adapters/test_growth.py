@@ -75,6 +75,16 @@ def test_a_split_keeps_the_function_of_any_choice_and_merging_gives_it_back():
     assert [entry["method"] for entry in dense.config["history"]] == ["split", "split", "shrink", "shrink"]
 
 
+def test_a_second_split_of_the_same_seed_shares_its_positions_out():
+    """Its routers are not those of the first split again, which would send each candidate's positions to one copy."""
+    again = grow_adapter(split(), 256, "split")
+    x = torch.randn(4096, WIDTH, generator=torch.Generator().manual_seed(5))
+    router = again.branches["model.layers.0.mlp"].router.view(2, 16, WIDTH)
+    for slot in router:
+        load = torch.bincount((x @ slot.mT).argmax(1), minlength=16)
+        assert load.min() > 4096 / 16 / 4, load
+
+
 def test_of_candidates_that_have_parted_the_best_way_is_taken():
     parted = split()
     for branch in parted.branches.values():
