@@ -100,6 +100,10 @@ class TrainingError(UserError):
     """Training itself went wrong, and the run stops as its configuration says."""
 
 
+class DivergedError(TrainingError):
+    """Losses or gradients that are not finite, or spikes of the loss, have ended the training."""
+
+
 class RunStopped(Exception):
     """A run was asked to stop before its end and has saved a checkpoint. Started again, it goes on. Exit code 75."""
 

@@ -95,16 +95,17 @@ def known_plan(study: Study) -> Plan:
 
 def show_plan(study: Study, arguments: argparse.Namespace) -> None:
     from megatron_tf.study.hours import Speeds, measured, total_seconds
+    from megatron_tf.study.machine import room_for, threads
     from megatron_tf.study.probe import probe
     from megatron_tf.study.result import has_ended
 
     plan = known_plan(study)
     check_data(plan)
-    workers = arguments.workers or workers_here(study)
+    workers = arguments.workers or room_for(study.ranks)
     if arguments.flops_per_second is not None:
         speeds = Speeds({}, arguments.flops_per_second)
     else:
-        speeds = probe(plan.nodes, study.ranks, threads_of(study, workers)) if arguments.probe else measured(plan)
+        speeds = probe(plan.nodes, study.ranks, threads(study.ranks, workers)) if arguments.probe else measured(plan)
     rows = [("run", "starts from", "parameters", "own tokens", "own FLOPs", "FLOPs", "time", "")]
     for node in plan.nodes:
         seconds = speeds.seconds(node)
@@ -186,26 +187,16 @@ def run_study(study: Study, arguments: argparse.Namespace) -> None:
 
 
 def show_report(study: Study, output: Path | None, is_timed: bool = False) -> None:
+    from megatron_tf.study.machine import room_for, threads
     from megatron_tf.study.probe import probe
     from megatron_tf.study.report import write_report
 
     folder = Path(study.dir) if output is None else output
     measure = None
     if is_timed:
-        measure = partial(probe, ranks=study.ranks, threads=threads_of(study, workers_here(study)))
+        measure = partial(probe, ranks=study.ranks, threads=threads(study.ranks, room_for(study.ranks)))
     print("\n" + write_report(known_plan(study), folder, measure))
     print(f"\n{folder}/results.json, table.txt, report.md, loss.png")
-
-
-def workers_here(study: Study) -> int:
-    from megatron_tf.study.machine import share
-
-    return share(study.ranks, None).workers
-
-
-def threads_of(study: Study, workers: int) -> int:
-    """Threads of each process of a run when `workers` runs share this machine's cores."""
-    return max(1, len(os.sched_getaffinity(0)) // (workers * study.ranks))
 
 
 def most_passes(plan: Plan) -> float:

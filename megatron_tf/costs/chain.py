@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from megatron_tf.config.run_plan import plan_batches
+from megatron_tf.config.schema import RunConfig
 from megatron_tf.costs.estimate import flops_per_token, num_parameters
 from megatron_tf.costs.law import ASSUMED_KAPPA, Range
 from megatron_tf.costs.layouts import Estimate
@@ -58,7 +59,8 @@ def chain_costs(
     # sums over the stages before the current one
     earlier_tokens, earlier_flops, earlier_hours = 0, 0.0, 0.0
     for stage, after in zip(stages, [*stages[1:], None]):
-        tokens = plan_batches(stage.config, stage.world_size).train_tokens
+        batches = plan_batches(stage.config, stage.world_size)
+        tokens = batches.train_tokens
         per_token = float(flops_per_token(stage.config.model))
         hours = stage.world_size / stage.time.tokens_per_second / 3600  # a token
         worth, scratch = _from_scratch(tokens, earlier_tokens, kappa, scratch_tokens)
@@ -81,19 +83,18 @@ def chain_costs(
                 break_even=earlier_flops / earlier_tokens / per_token if earlier_tokens else None,
             )
         )
-        passed_on = tokens if after is None else tokens - _left_out(stage, after)
+        left_out = 0 if after is None else left_out_steps(stage.config, after.config)
+        passed_on = tokens - left_out * batches.tokens_per_step
         earlier_tokens += passed_on
         earlier_flops += per_token * passed_on
         earlier_hours += hours * passed_on
     return costs
 
 
-def _left_out(stage: Estimate, after: Estimate) -> int:
-    """Tokens of the decay of `stage` if `after` grows from before that decay; else 0."""
-    growth, decay = after.config.growth, stage.config.optimizer.schedule.decay_steps
-    if growth is None or growth.at != "before_decay" or decay is None:
-        return 0
-    return decay * plan_batches(stage.config, stage.world_size).tokens_per_step
+def left_out_steps(stage: RunConfig, after: RunConfig) -> int:
+    """Steps of the decay of `stage` if `after` grows from before that decay; else 0."""
+    growth, decay = after.growth, stage.optimizer.schedule.decay_steps
+    return 0 if growth is None or growth.at != "before_decay" or decay is None else decay
 
 
 def _check_worth(stages: Sequence[Estimate], scratch_tokens: int) -> None:

@@ -73,7 +73,7 @@ class CheckpointPlan:
     mean_between_failures: float
     interval_steps: int | None
     lost_share: float  # at that interval
-    configured_lost_share: float | None  # at checkpoint.interval_steps; None if that is not set
+    configured_lost_share: float  # at the interval of the configuration
 
 
 def plan_checkpoints(
@@ -82,7 +82,7 @@ def plan_checkpoints(
     step_seconds: float,
     *,
     asynchronous: bool,
-    configured_steps: int | None,
+    configured_steps: int,
     failures_per_gpu_year: float,
     storage_bytes_per_second: float,
     restart_seconds: float,
@@ -112,5 +112,5 @@ def plan_checkpoints(
         mean_between_failures=mean,
         interval_steps=steps,
         lost_share=0.0 if steps is None else lost(steps),
-        configured_lost_share=None if configured_steps is None else lost(configured_steps),
+        configured_lost_share=lost(configured_steps),
     )

@@ -151,11 +151,10 @@ def _checkpoint_lines(checkpoint: dict[str, Any]) -> Iterable[str]:
             f"              a failure every {_duration(checkpoint['mean_between_failures'])}: least is lost, "
             f"{checkpoint['lost_share']:.2%} of the time, with checkpoint.interval_steps={steps}"
         )
-    if checkpoint["configured_steps"] is not None and checkpoint["configured_steps"] != steps:
-        yield (
-            f"              as configured, every {count_of(checkpoint['configured_steps'], 'step')}, "
-            f"{checkpoint['configured_lost_share']:.2%} is lost"
-        )
+    configured = checkpoint["configured_steps"]
+    if configured != steps:
+        when = "at the last step alone" if configured is None else f"every {count_of(configured, 'step')}"
+        yield f"              as configured, {when}, {checkpoint['configured_lost_share']:.2%} is lost"
 
 
 def _layout_lines(stage: dict[str, Any]) -> Iterable[str]:

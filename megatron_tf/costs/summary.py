@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from megatron_tf.config.run_plan import BatchPlan, plan_batches, topology_for
+from megatron_tf.config.run_plan import plan_batches, topology_for
 from megatron_tf.config.schema import RunConfig
 from megatron_tf.config.sections.growth import Growth
 from megatron_tf.config.sections.model import Model
@@ -18,7 +18,7 @@ from megatron_tf.config.tasks import task_of
 from megatron_tf.config.validate import validate
 from megatron_tf.costs.advice import advise
 from megatron_tf.costs.banks import bank_costs
-from megatron_tf.costs.chain import chain_costs
+from megatron_tf.costs.chain import chain_costs, left_out_steps
 from megatron_tf.costs.checkpoints import plan_checkpoints
 from megatron_tf.costs.communication import sent_bytes_per_step
 from megatron_tf.costs.estimate import memory_per_rank, num_parameters, num_used_parameters, parameters_per_rank
@@ -145,7 +145,7 @@ def _stage(
         world if config.zero.stage else topology.tensor * topology.pipeline,
         time.total,
         asynchronous=config.checkpoint.asynchronous,
-        configured_steps=config.checkpoint.interval_steps,
+        configured_steps=config.checkpoint.interval_steps or batches.train_steps,
         failures_per_gpu_year=circumstances.failures_per_gpu_year,
         storage_bytes_per_second=circumstances.storage_bytes_per_second,
         restart_seconds=circumstances.restart_seconds,
@@ -153,7 +153,6 @@ def _stage(
         optimizer=config.optimizer.type,
     )
     lost = checkpoints.configured_lost_share
-    lost = checkpoints.lost_share if lost is None else lost
     hours = train_seconds / (1 - lost) / 3600 if lost < 1 else math.inf
     summary |= {
         **choice(chosen),
@@ -182,7 +181,9 @@ def _stage(
             "mean_between_failures": _finite(checkpoints.mean_between_failures),
             "configured_steps": config.checkpoint.interval_steps,
         },
-        "data": _data(config, batches),
+        "data": _data(
+            config, _samples_before(configs, number, world) + batches.train_steps * batches.global_batch_size
+        ),
     }
     return summary, chosen
 
@@ -239,14 +240,27 @@ def _tokenizer_problems(config: RunConfig) -> list[str]:
     return [problem] if problem else []
 
 
-def _data(config: RunConfig, batches: BatchPlan) -> dict[str, Any] | None:
-    """Passes over each source, and warnings; None when the data are not on this machine or cannot be read."""
+def _samples_before(configs: Sequence[RunConfig], number: int, world_size: int) -> int:
+    """Samples that the stages before stage `number` read, where it goes on reading; 0 if one of them cannot run."""
+    samples = 0
+    try:
+        for config, after in zip(configs[:number], configs[1:]):
+            batches = plan_batches(config, world_size)
+            samples += (batches.train_steps - left_out_steps(config, after)) * batches.global_batch_size
+    except ConfigError:
+        return 0
+    return samples
+
+
+def _data(config: RunConfig, samples: int) -> dict[str, Any] | None:
+    """Passes of `samples` over each source, and warnings; None when the data are not on this machine or cannot be
+    read."""
     if not _is_here(config):
         return None
     from megatron_tf.data.outlook import data_warnings, describe_passes, passes_over
 
     try:
-        passes = passes_over(config, batches.train_steps * batches.global_batch_size)
+        passes = passes_over(config, samples)
         warnings = data_warnings(config, passes)
     except DataError:
         return None

@@ -209,8 +209,8 @@ class SegmentedEngine(ABC):
     def check_replicas(self) -> None:
         """CheckpointError, on every rank, with the tensor and the ranks, when copies of one tensor differ.
 
-        It compares tensors that several ranks hold whole, such as the final norm over the tensor ranks, and the tied
-        weight of the first and the last stage. All ranks must call it.
+        It compares tensors that several ranks hold: the final norm over the tensor ranks, the tied weight of the first
+        and the last stage, and all weights over data-parallel ranks. All ranks must call it.
         """
         own = {
             f"{fragment.spec.name} from row {fragment.start // fragment.spec.width}": _digest(_elements(fragment))
@@ -237,7 +237,7 @@ class SegmentedEngine(ABC):
         return [
             Fragment(shard.spec, shard.parameter, first, first + shard.parameter.numel(), 0, shard.owned)
             for shard in self.shards()
-            if not shard.spec.sharded or shard.spec.tied
+            if self.plan.data_parallel > 1 or not shard.spec.sharded or shard.spec.tied
             for first in (shard.first_row * shard.spec.width,)
         ]
 

@@ -57,7 +57,7 @@ def measured(plan: Plan) -> Speeds:
     tokens: dict[str, list[float]] = {}
     flops = []
     for node in plan.nodes:
-        if (result := read_result(node)) is not None:
+        if (result := read_result(node)) is not None and result.tokens_per_second:
             tokens.setdefault(speed_key(node), []).append(result.tokens_per_second)
             flops.append(result.tokens_per_second * flops_per_token(node.config.model))
     by_key = {key: statistics.median(values) for key, values in tokens.items()}

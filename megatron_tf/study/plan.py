@@ -159,7 +159,14 @@ def _runs_of(
             trial = trials[value] = _node(study, arm, seeds[0], value, runs, is_trial=True)
             return None if trial.waits else outcome(trial)
 
-        choice = choices[arm.name] = choose(arm.sweep, loss_of)
+        def is_possible(value: float) -> bool:
+            try:
+                _node(study, arm, seeds[0], value, runs, is_trial=True)
+            except ConfigError:
+                return False
+            return True
+
+        choice = choices[arm.name] = choose(arm.sweep, loss_of, is_possible)
         yield from (trials[value] for value in choice.values)
         value = choice.value
         if value is None:
@@ -208,6 +215,10 @@ def _node(
         _keep_before_decay(values)
     config = build_config(values, [])
     validate(config, study.ranks)
+    if config.training.stop_when is not None:
+        raise ConfigError(
+            "training.stop_when: would end a run before its budget, which arms are compared at. Set it to null."
+        )
     if parent is not None and arm.by == "growth" and (problems := chain_problems([*_lineage(parent), config])):
         raise ConfigError(problems)
     end = _advance(begin, plan_batches(config, study.ranks).train_steps, config)
@@ -253,10 +264,15 @@ def _plain_values(study: Study, arm: Arm, parent: Node | None, value: float | No
         values["growth"] = None
     values.pop("branch", None)
     if (key := _swept_key(study, arm)) is not None:
-        problems += apply_override(values, f"{key}={value!r}")
+        problems += apply_override(values, f"{key}={_written(value)}")
     if problems:
         raise ConfigError(problems)
     return values
+
+
+def _written(value: float | None) -> str:
+    """A swept value as YAML. Some keys take whole numbers only, which have no point."""
+    return str(int(value)) if value is not None and value.is_integer() else repr(value)
 
 
 def _add_budget(values: Values, arm: Arm, begin: Position, flops: float | None, tokens: float | None) -> None:

@@ -7,6 +7,7 @@ checkpoint.
 
 from __future__ import annotations
 
+import math
 import os
 import signal
 import socket
@@ -27,9 +28,14 @@ from megatron_tf.study.plan import Node, Plan, make_plan
 from megatron_tf.study.result import (
     begin_again,
     changed,
+    failure_file,
+    failure_times,
+    has_diverged,
     has_ended,
     loss_of,
     measure,
+    of_diverged,
+    reason_of,
     write_config,
     write_failure,
     write_result,
@@ -69,12 +75,14 @@ class Queue:
         self._failed: dict[str, str] = {}
         self._conflicts: dict[str, str] = {}
         self._bug: BaseException | None = None
+        self._marks: Mapping[str, int] = {}  # times of failures before this process began, by file
         self._stop = threading.Event()
         self._ended = threading.Condition()
 
     def run(self) -> None:
         """Returns when all runs have ended. RunStopped when a signal asked it to stop and the runs have saved.
         UserError, with the paths of their logs, when runs have failed; all others that could start have ended then."""
+        self._marks = failure_times(self._study.dir)
         threads = [threading.Thread(target=self._work, args=(number,)) for number in range(self._workers)]
         with self._signals():
             for thread in threads:
@@ -114,10 +122,12 @@ class Queue:
             with self._claim(node) as claim:
                 if claim is None:
                     is_busy = True
-                elif not has_ended(node):
-                    self._train(node, worker, claim)
+                elif (why := self._failed_meanwhile(node)) is not None:
+                    self._failed[node.name] = why
                     return True
                 else:
+                    if not has_ended(node):
+                        self._do(node, worker, claim)
                     return True
         if is_busy:
             with self._ended:
@@ -199,6 +209,20 @@ class Queue:
             self._told.add(node.name)
             self._say(f"{node.name}: is being run by {claim.read_text('utf-8') or 'another process'}")
 
+    def _failed_meanwhile(self, node: Node) -> str | None:
+        """Why another process has failed at a run since this one began; None when none has."""
+        file = failure_file(node, self._study.dir)
+        return reason_of(file) if failure_times(self._study.dir).get(file.name) != self._marks.get(file.name) else None
+
+    def _do(self, node: Node, worker: int, claim: int) -> None:
+        """Trains a run, unless its parent has diverged: then it has, too."""
+        if node.parent is None or (loss := loss_of(node.parent)) is None or not math.isnan(loss):
+            return self._train(node, worker, claim)
+        with write_errors(UserError, node.folder, "Choose another dir."):
+            node.folder.mkdir(parents=True, exist_ok=True)
+        write_result(node, of_diverged(node))
+        self._say(f"{node.name}: does not begin, because {node.parent.name} has diverged")
+
     def _train(self, node: Node, worker: int, claim: int) -> None:
         if (kept := begin_again(node, self._study.dir)) is not None:
             self._say(f"{node.name}: has failed with another configuration, begins anew; what it was is in {kept}")
@@ -228,10 +252,11 @@ class Queue:
             code = process.wait()
         with self._lock:
             del self._running[node.name]
-        if code == 0:
+        if code == 0 or (not self._stop.is_set() and has_diverged(node)):
             result = measure(node)
             write_result(node, result)
-            self._say(f"{node.name}: loss {result.loss:.4f} after {format_duration(time.monotonic() - began)}")
+            end = "has diverged" if math.isnan(result.loss) else f"loss {result.loss:.4f}"
+            self._say(f"{node.name}: {end} after {format_duration(time.monotonic() - began)}")
         elif code == STOPPED_EXIT_CODE or self._stop.is_set():
             self._ask_to_stop()
         else:

@@ -8,6 +8,7 @@ import math
 import os
 import statistics
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Annotated, Any
@@ -16,7 +17,7 @@ from pydantic import ConfigDict, Field, TypeAdapter, WrapValidator, with_config
 
 from megatron_tf.checkpoint.manager import resolve
 from megatron_tf.checkpoint.reader import open_checkpoint
-from megatron_tf.config.fields import NonNegative, Positive
+from megatron_tf.config.fields import NonNegative
 from megatron_tf.config.load import dump_config, load_config
 from megatron_tf.config.schema import RunConfig
 from megatron_tf.config.tasks import task_of
@@ -24,7 +25,7 @@ from megatron_tf.diagnosis.run_facts import settings
 from megatron_tf.durable import write_atomically
 from megatron_tf.errors import NOT_AS_WRITTEN, ConfigError, UserError, file_errors, write_errors
 from megatron_tf.study.plan import Node, Plan
-from megatron_tf.telemetry.records import read_records
+from megatron_tf.telemetry.records import DIVERGED, RECORDS_NAME, read_records
 
 RESULT_NAME = "result.json"
 # Beginnings of the keys that say how a run is computed and not what: another machine may need other values.
@@ -33,6 +34,7 @@ _MAY_CHANGE = (
     "checkpoint.asynchronous", "checkpoint.on_failure", "training.micro_batch_size",
     "training.activation_checkpointing", "training.compile", "training.norm", "training.scores", "training.profile",
 )  # fmt: skip
+_KEPT = "checkpoint.keep_before_decay"  # set by the plan for arms that others start from
 
 Whole = Annotated[int, Field(ge=0, lt=2**60)]
 Finite = Annotated[float, Field(ge=-1e30, le=1e30, allow_inf_nan=False)]
@@ -44,9 +46,10 @@ Logged = Annotated[Finite, WrapValidator(lambda value, check: math.nan if value 
 class Result:
     """`tokens` and `flops` include the parents; `own_tokens` and `own_flops` do not.
 
-    `loss`: on the validation data, at the end; NaN when the run has diverged.  `seconds`: of its own training steps.
-    `state_bytes`: size of the last checkpoint.  `curve`: [tokens, FLOPs, validation loss] of each evaluation.
-    `metrics`: of the task, such as "top1", on the validation data at the end.
+    `loss`: on the validation data, at the end; NaN when the run, or the one that it starts from, has diverged.
+    `seconds`: of its own training steps.  `tokens_per_second`: 0 when none was logged.  `state_bytes`: size of the last
+    checkpoint; 0 after divergence.  `curve`: [tokens, FLOPs, validation loss] of each evaluation.  `metrics`: of the
+    task, such as "top1", on the validation data at the end.
     """
 
     name: str
@@ -59,7 +62,7 @@ class Result:
     own_tokens: Whole
     own_flops: NonNegative
     seconds: NonNegative
-    tokens_per_second: Positive
+    tokens_per_second: NonNegative
     parameters: Whole
     state_bytes: Whole
     curve: tuple[tuple[Whole, NonNegative, Finite], ...]
@@ -73,6 +76,8 @@ _RESULT = TypeAdapter(with_config(ConfigDict(strict=True, extra="forbid"))(Resul
 def measure(node: Node) -> Result:
     """The result of a run whose training has just ended. UserError when it has not logged a validation loss."""
     records = read_records(node.folder)
+    if DIVERGED in records[-1]:
+        return of_diverged(node, records)
     evaluated = [record for record in records if "eval/loss" in record]
     if not evaluated or evaluated[-1]["step"] != records[-1]["step"]:
         raise UserError(
@@ -90,12 +95,52 @@ def measure(node: Node) -> Result:
         own_tokens=evaluated[-1]["tokens"] - node.begin.tokens,
         own_flops=evaluated[-1]["flops"] - node.begin.flops,
         seconds=_seconds(records, node.begin.step),
-        tokens_per_second=statistics.median(r["perf/tokens_per_second"] for r in records if "perf/step_seconds" in r),
+        tokens_per_second=_speed(records),
         parameters=node.parameters,
         state_bytes=sum(file.num_bytes for file in reader.manifest.files.values()),
-        curve=tuple((r["tokens"], r["flops"], r["eval/loss"]) for r in evaluated if r["eval/loss"] is not None),
+        curve=_curve(records),
         metrics={name: _number(evaluated[-1][f"eval/{name}"]) for name in task_of(node.config.model).metrics},
     )
+
+
+def has_diverged(node: Node) -> bool:
+    """Whether the run's training has ended by diverging."""
+    if not (node.folder / RECORDS_NAME).is_file():
+        return False
+    records = read_records(node.folder)
+    return bool(records) and DIVERGED in records[-1]
+
+
+def of_diverged(node: Node, records: Sequence[dict[str, Any]] = ()) -> Result:
+    """The result of a run that has diverged after `records`; without any, of one whose parent has."""
+    begin = node.begin
+    tokens, flops = (records[-1]["tokens"], records[-1]["flops"]) if records else (begin.tokens, begin.flops)
+    return Result(
+        name=node.name,
+        arm=node.arm.name,
+        seed=node.seed,
+        value=node.value,
+        loss=math.nan,
+        tokens=tokens,
+        flops=flops,
+        own_tokens=tokens - begin.tokens,
+        own_flops=flops - begin.flops,
+        seconds=_seconds(records, begin.step),
+        tokens_per_second=_speed(records),
+        parameters=node.parameters,
+        state_bytes=0,
+        curve=_curve(records),
+        metrics=dict.fromkeys(task_of(node.config.model).metrics, math.nan),
+    )
+
+
+def _speed(records: Sequence[dict[str, Any]]) -> float:
+    speeds = [record["perf/tokens_per_second"] for record in records if "perf/step_seconds" in record]
+    return statistics.median(speeds) if speeds else 0.0
+
+
+def _curve(records: Sequence[dict[str, Any]]) -> tuple[tuple[int, float, float], ...]:
+    return tuple((r["tokens"], r["flops"], r["eval/loss"]) for r in records if r.get("eval/loss") is not None)
 
 
 def _number(logged: float | None) -> float:
@@ -165,6 +210,20 @@ def failure_file(node: Node, study_dir: str) -> Path:
     return Path(study_dir, "failed", node.name.replace("/", "_"))
 
 
+def failure_times(study_dir: str) -> dict[str, int]:
+    """When each of the runs that have failed did so, by the name of its `failure_file`."""
+    with suppress(FileNotFoundError):
+        return {file.name: file.stat().st_mtime_ns for file in os.scandir(Path(study_dir, "failed"))}
+    return {}
+
+
+def reason_of(failure: Path) -> str | None:
+    """The reason in a `failure_file`; None when there is no such file."""
+    with suppress(FileNotFoundError):
+        return failure.read_text("utf-8").strip()
+    return None
+
+
 def has_failed(node: Node, study_dir: str) -> bool:
     return failure_file(node, study_dir).is_file()
 
@@ -216,6 +275,11 @@ def changed(node: Node, study_dir: str) -> str | None:
     differing = _differing(node, study_dir)
     if not differing:
         return None
+    if [key for key, *_ in differing] == [_KEPT]:
+        return (
+            f"{node.folder}: has not kept its state before the decay, from which another arm is to start. Give that "
+            "arm at: end, or move the folder away to train it again."
+        )
     told = ", ".join(f"{key} ({before} then, {now} now)" for key, before, now in differing[:4])
     more = f" and {len(differing) - 4} more" if len(differing) > 4 else ""
     return (
@@ -233,7 +297,10 @@ def _differing(node: Node, study_dir: str) -> list[tuple[str, str | None, str | 
     return [
         (key, before.get(key), now.get(key))
         for key in {**before, **now}
-        if before.get(key) != now.get(key) and not key.startswith(_MAY_CHANGE)
+        if before.get(key) != now.get(key)
+        and not key.startswith(_MAY_CHANGE)
+        # No arm starts there any more.
+        and (key, now.get(key)) != (_KEPT, "false")
     ]
 
 

@@ -8,7 +8,7 @@ from typing import Any
 from megatron_tf.config.sections.model import Model
 from megatron_tf.state.parameters import projections
 from megatron_tf.study.plan import Node
-from megatron_tf.telemetry.records import read_records
+from megatron_tf.telemetry.records import RECORDS_NAME, read_records
 
 Json = dict[str, Any]
 # how several seeds are reduced to the worst one
@@ -49,7 +49,7 @@ def _candidates(model: Model) -> dict[str, int]:
 
 def _looks(node: Node) -> dict[int, Json]:
     """The logged values of a run by step; empty when its metrics.jsonl is missing, as after a move of its folder."""
-    if not (node.folder / "metrics.jsonl").is_file():
+    if not (node.folder / RECORDS_NAME).is_file():
         return {}
     found: dict[int, Json] = {}
     for record in read_records(node.folder):

@@ -83,7 +83,9 @@ def cheapest(loss: float, curves: Sequence[Sequence[tuple[float, float]]]) -> Co
     if not reached:
         return Cost(min(cost.flops for cost in costs), "more")
     least = min(cost.flops for cost in reached)
-    return Cost(least, "less" if any(cost.beyond for cost in reached) else "")
+    # A curve that ends above the loss at fewer FLOPs may reach it before `least`.
+    is_bound = any(cost.beyond == "less" or cost.flops < least for cost in costs)
+    return Cost(least, "less" if is_bound else "")
 
 
 def loss_at(flops: float, curve: Sequence[tuple[float, float]], tolerance: float = 0.0) -> float | None:

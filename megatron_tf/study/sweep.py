@@ -23,12 +23,14 @@ class Choice:
     at_end: bool = False
 
 
-def choose(sweep: Sweep, loss_of: Callable[[float], float | None]) -> Choice:
+def choose(
+    sweep: Sweep, loss_of: Callable[[float], float | None], is_possible: Callable[[float], bool] = lambda value: True
+) -> Choice:
     """The choice among the values of `sweep`. `loss_of`: the last loss of a value's trial; None: it has not ended. NaN
     counts as the worst.
 
     While the best value is at an end, the next one beyond it, by the ratio of the last two, is tried as well, up to
-    `sweep.extend` times.
+    `sweep.extend` times, as long as it `is_possible` for the key.
     """
     values = sorted(sweep.values)
     for left in range(sweep.extend, -1, -1):
@@ -38,10 +40,8 @@ def choose(sweep: Sweep, loss_of: Callable[[float], float | None]) -> Choice:
             break
         best = min(values, key=losses.__getitem__)
         at_end = best in (values[0], values[-1])
-        if not at_end or left == 0:
+        beyond = best * best / (values[-2] if best == values[-1] else values[1])
+        if not at_end or left == 0 or not is_possible(beyond):
             return Choice(tuple(values), losses, best, at_end)
-        if best == values[-1]:
-            values.append(best * best / values[-2])
-        else:
-            values.insert(0, best * best / values[1])
+        values = sorted([*values, beyond])
     return Choice(tuple(values), losses)

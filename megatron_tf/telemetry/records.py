@@ -11,8 +11,10 @@ from megatron_tf.durable import read_plain
 from megatron_tf.errors import NOT_AS_WRITTEN, UserError, file_errors, shown
 from megatron_tf.telemetry.line_file import whole_lines
 
+RECORDS_NAME = "metrics.jsonl"
 MOST_BYTES = 2**33
 NEEDED = ("step", "tokens")
+DIVERGED = "train/diverged"  # in the last record of a run that ended by diverging
 NUMBERS = ("train/loss", "eval/loss", "flops", "perf/step_seconds", "perf/tokens_per_second")
 
 
@@ -21,7 +23,7 @@ def read_records(folder: Path) -> tuple[dict[str, Any], ...]:
 
     UserError, with file and line, when there is no such file or a record is not as a run writes it.
     """
-    path = folder / "metrics.jsonl"
+    path = folder / RECORDS_NAME
     with file_errors(UserError, path, "Name the run.dir of a run."):
         content = read_plain(path, MOST_BYTES)
     return tuple(_record(line, f"{path}:{number}") for number, line in enumerate(whole_lines(content), start=1))

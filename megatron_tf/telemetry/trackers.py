@@ -14,6 +14,7 @@ from megatron_tf.durable import atomic_path, open_plain
 from megatron_tf.errors import NOT_AS_WRITTEN, UserError, write_errors
 from megatron_tf.streams import without_terminal
 from megatron_tf.telemetry.line_file import LineFile
+from megatron_tf.telemetry.records import RECORDS_NAME
 
 Value = float | int | str | None
 
@@ -216,7 +217,7 @@ def open_trackers(
     if not is_main:
         return Trackers([], warn, ids)
     ids = dict(ids)
-    trackers: list[Tracker] = [JsonlTracker(run_dir / "metrics.jsonl", resume_step, warn)]
+    trackers: list[Tracker] = [JsonlTracker(run_dir / RECORDS_NAME, resume_step, warn)]
     places = []
     for name in config.logging.trackers:
         try:

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from megatron_tf.config.sections.training import Guard
-from megatron_tf.errors import TrainingError
+from megatron_tf.errors import DivergedError, TrainingError
 from megatron_tf.telemetry.text import count_of
 
 _MEMORY = 0.98  # decay rate of the running mean, which covers about 50 steps
@@ -54,9 +54,10 @@ class LossGuard:
         self._overflowed += 1
 
     def skipped(self, step: int, reason: str, least_scale: float | None = None) -> str:
-        """Notes that step `step` (1-based) was skipped for `reason`; returns the warning. TrainingError when the run
+        """Notes that step `step` (1-based) was skipped for `reason`; returns the warning. DivergedError when the run
+        must stop.
 
-        must stop. `least_scale`: in fp16 the loss scale, which cannot fall any further.
+        `least_scale`: in fp16 the loss scale, which cannot fall any further.
         """
         self._skipped += 1
         text, remedy = f"step {step:,}: {reason}; the step is skipped and changes nothing", _REMEDY
@@ -66,22 +67,22 @@ class LossGuard:
                 "bf16 needs none."
             )
         if self._config.nonfinite == "stop":
-            raise TrainingError(f"{text}. The run stops, because guard.nonfinite is stop.")
+            raise DivergedError(f"{text}. The run stops, because guard.nonfinite is stop.")
         if self._skipped >= self._config.nonfinite_patience:
-            raise TrainingError(
+            raise DivergedError(
                 f"{text}. That was {self._skipped} in a row, as many as guard.nonfinite_patience allows: the run "
                 f"stops. {remedy}"
             )
         return f"{text} ({self._skipped} in a row; the run stops at {self._config.nonfinite_patience})"
 
     def check_end(self, step: int, loss_scale: float | None = None) -> None:
-        """TrainingError when the last step, and possibly others before it, were skipped.
+        """DivergedError when the last step, and possibly others before it, were skipped.
 
-        In fp16 a few steps are skipped whenever the loss scale has been raised too far. That is an error only if all
-        steps of the run were skipped, or guard.nonfinite_patience of them.
+        In fp16 a few steps are skipped whenever the loss scale has been raised too far. That is a TrainingError only if
+        all steps of the run were skipped, or guard.nonfinite_patience of them.
         """
         if self._skipped:
-            raise TrainingError(
+            raise DivergedError(
                 f"the run reached its last step {step:,}, but {_last(self._skipped)} skipped, because "
                 f"of gradients that were not finite. That state is not saved. {_REMEDY}"
             )
@@ -96,9 +97,9 @@ class LossGuard:
             )
 
     def watch(self, step: int, loss: float) -> str | None:
-        """Notes the loss of a good step; returns the warning if it completes a spike. TrainingError when the run must
-
+        """Notes the loss of a good step; returns the warning if it completes a spike. DivergedError when the run must
         stop.
+
         A spike is relative to the lowest value of the running mean, so that an exploding loss does not raise its own
         threshold. The mean is kept even without spike_factor, which may be set later.
         """
@@ -120,7 +121,7 @@ class LossGuard:
             f"{count_of(self._spikes, 'step')} in a row"
         )
         if self._config.spike_action == "stop":
-            raise TrainingError(
+            raise DivergedError(
                 f"{text}: the run stops, because guard.spike_action is stop. Resume from an earlier checkpoint with a "
                 "lower optimizer.lr, or set guard.spike_action=lower_lr."
             )

@@ -22,6 +22,7 @@ from megatron_tf.runtime.stop_signals import StopSignals, describe_request
 from megatron_tf.runtime.watchdog import TRAINING, Watchdog
 from megatron_tf.tasks.data import Batch, Loader
 from megatron_tf.telemetry.meters import MeanMeter, ThroughputMeter, format_duration
+from megatron_tf.telemetry.records import DIVERGED
 from megatron_tf.telemetry.trackers import Trackers
 from megatron_tf.training.account import run_settings
 from megatron_tf.training.early_stop import EarlyStop
@@ -132,6 +133,10 @@ class Trainer:
             self._finish_saving()
         self.saver.require(self.progress.step)
 
+    def note_divergence(self) -> None:
+        """Writes into the run's records that it has ended by diverging."""
+        self._record({DIVERGED: 1})
+
     def _meet(self) -> int:
         """One small all-reduce (max) a step: stop request, save still running, seconds that the step waited for data.
         Returns the stop request."""
@@ -191,7 +196,7 @@ class Trainer:
         return batches
 
     def _check(self, result: StepResult) -> None:
-        """Warns of a bad step; TrainingError when the run must stop."""
+        """Warns of a bad step; DivergedError when the run must stop."""
         step, said = self.progress.step, None
         self.losses.add(float(result.loss))
         if result.seeks_scale:

@@ -14,7 +14,7 @@ from megatron_tf.config.schema import RunConfig
 from megatron_tf.diagnosis.run_facts import run_facts
 from megatron_tf.engine.base import Engine
 from megatron_tf.engine.choice import join
-from megatron_tf.errors import RunStopped, TrainingError, UserError
+from megatron_tf.errors import DivergedError, RunStopped, TrainingError, UserError
 from megatron_tf.runtime.agreement import from_rank_zero, together
 from megatron_tf.runtime.environment import LaunchEnvironment
 from megatron_tf.runtime.joining import NO_FACTS
@@ -105,7 +105,9 @@ def _fit(trainer: Trainer) -> None:
     """Trains to the end. An error of one rank alone is written to that rank's log before it is raised."""
     try:
         trainer.fit()
-    except TrainingError:
+    except TrainingError as error:
+        if isinstance(error, DivergedError):
+            trainer.note_divergence()
         # raised on all ranks, so all of them can wait for the save
         trainer.saver.finish()
         raise

@@ -27,6 +27,20 @@ def test_checkpoints_that_do_not_fit_on_the_disk():
     assert room_warning(two, 5, mebibyte, mebibyte) is None and room_warning(two, 0, mebibyte, 0) is None
 
 
+def test_checkpoints_at_the_end_alone_cost_what_a_failure_takes_from_them():
+    """As the same interval in numbers does; it is not the best one."""
+    circumstances = Circumstances(64, find_gpu("h100"), 60.0, 1e9, 60, num_best=1)
+
+    def lost(*overrides):
+        (stage,) = (made := plan([load_config(TINY.with_name("1.4B.yml"), overrides)], circumstances))["stages"]
+        return stage["checkpoint"]["configured_lost_share"], stage["run"]["hours"], report(made)
+
+    at_end, every = lost("checkpoint.interval_steps=null"), lost("checkpoint.interval_steps=100000000")
+    best = lost("checkpoint.interval_steps=100")
+    assert at_end[0] > 2 * best[0] and at_end[0] <= every[0] and at_end[1] != best[1]
+    assert "as configured, at the last step alone," in at_end[2] and "every 100,000,000 steps" in every[2]
+
+
 def test_all_parameters_are_reduced_for_the_work_of_those_that_are_used():
     """Named where data-parallel ranks exchange them: it is what candidates cost that dense tokens do not."""
     sparse = load_config(TINY.with_name("sparse_124M_to_762M.yml"))

@@ -33,6 +33,7 @@ def test_steps_that_are_not_finite_change_nothing_and_stop_the_run(folder, engin
     records = [json.loads(line) for line in (folder / "run" / "metrics.jsonl").read_text().splitlines()]
     assert all(torch.isfinite(tensor).all() for tensor in load_logical(folder / "run").values())
     assert [record["optim/skipped_steps"] for record in records if "train/loss" in record][-1] >= 1
+    assert [record for record in records if "train/diverged" in record] == records[-1:]
 
 
 @pytest.mark.slow

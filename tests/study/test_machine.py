@@ -6,7 +6,7 @@ import pytest
 
 from megatron_tf.errors import UserError
 from megatron_tf.study import machine
-from megatron_tf.study.machine import Share, share
+from megatron_tf.study.machine import Share, room_for, share, threads
 
 
 @pytest.fixture
@@ -23,8 +23,17 @@ def test_runs_never_share_a_core(cores):
         UserError, match="--workers: 10 cores for 5 runs of 2 processes at once, and there are 8 here. Give at most 4."
     ):
         share(2, 5)
-    with pytest.raises(UserError, match="9 cores for 1 run of 9 processes at once, and there are 8 here. Set ranks to"):
-        share(9, None)
+    for workers in (None, 1):
+        with pytest.raises(
+            UserError, match="^ranks: 9 cores for 1 run of 9 processes at once, .* 8 here. Set it to less"
+        ):
+            share(9, workers)
+
+
+def test_a_study_is_planned_on_a_machine_that_is_too_small_for_it(cores, monkeypatch):
+    assert (room_for(9), room_for(3), threads(9, 1), threads(3, 2)) == (1, 2, 1, 1)
+    monkeypatch.setattr(machine, "_gpus", lambda: ["4", "5"])
+    assert (room_for(4), room_for(1)) == (1, 2)
 
 
 def test_each_worker_has_gpus_of_its_own(cores, monkeypatch):

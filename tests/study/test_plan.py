@@ -111,6 +111,10 @@ def test_a_chain_inherits_from_the_stage_before(study):
         ),
         ({"arms": {"grown": {"config": "nowhere.yml"}}}, "arm grown: nowhere.yml: there is no such file"),
         ({"arms": {"grown": {"config": "tiny_chain"}}}, "arm grown: config: tiny_chain is a chain"),
+        (
+            {"common": {"training": {"stop_when": {"patience": 3}}, "evaluation": {"interval_steps": 2}}},
+            "arm small: training.stop_when: would end a run before its budget, which arms are compared at. Set it to",
+        ),
         ({"ranks": 3}, "arm small: training.global_batch_size: 4 is not a multiple of 12"),
         ({"common": {"model": {"hidden_size": 9}}}, "arm small: model.hidden_size: 9 is not a multiple"),
     ],
@@ -133,8 +137,12 @@ def test_arms_that_cannot_be(study, changes, problem):
             "the share of the rate that is left at the end differs: 0 in going_on; 0.05 in grown",
         ),
         (
-            {"arms": {"grown": {"overrides": {"evaluation": {"samples": 8}}}}},
-            "evaluation.samples differs: 4 in going_on",
+            {"arms": {"grown": {"overrides": {"evaluation": {"samples": 5}}}}},
+            "evaluation.samples, in whole batches of training.global_batch_size differs: 4 in going_on; 8 in grown",
+        ),
+        (
+            {"arms": {"grown": {"overrides": {"training": {"global_batch_size": 6, "micro_batch_size": 6}}}}},
+            "evaluation.samples, in whole batches of training.global_batch_size differs: 4 in going_on; 6 in grown",
         ),
         ({"common": {"data": {"validation": []}}}, "arms small, going_on, grown: data.validation is empty"),
     ],
@@ -146,6 +154,19 @@ def test_arms_that_cannot_be_compared(study, changes, problem):
             arm["overrides"] = {**BIGGER, **arm["overrides"]}
     found = problems_of(lambda: check_comparable(make_plan(study(**values))))
     assert any(problem in text for text in found), found
+
+
+def test_a_whole_number_can_be_swept(study):
+    sweep = {"key": "optimizer.schedule.warmup_steps", "values": [2, 3]}
+    plan = make_plan(study(arms={"small": {"sweep": sweep}}))
+    assert [node.config.optimizer.schedule.warmup_steps for node in plan.nodes[:2]] == [2, 3]
+
+
+def test_a_sweep_does_not_go_on_beyond_what_its_key_can_be(study):
+    sweep = {"key": "optimizer.layer_decay", "values": [0.8, 0.9, 1.0], "extend": 2}
+    of = study(arms={"small": {"sweep": sweep}})
+    choice = make_plan(of, lambda node: 4.0 - node.value if node.parent is None else None).choices["small"]
+    assert (choice.values, choice.value, choice.at_end) == ((0.8, 0.9, 1.0), 1.0, True)
 
 
 ROUNDED = {

@@ -12,6 +12,7 @@ import sys
 import threading
 import time
 from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -33,6 +34,7 @@ from megatron_tf.study.result import (
     has_ended,
     has_failed,
     loss_of,
+    measure,
     read_result,
     write_config,
     write_result,
@@ -277,6 +279,81 @@ def test_a_run_that_has_begun_may_go_on_in_another_layout(study, write):
         check_unchanged(make_plan(study(common={"checkpoint": {"allow_data_change": True}})))
 
 
+def test_arms_that_start_before_the_decay_of_a_run_that_has_begun(study):
+    """One that is removed changes nothing; one that is added finds no state there."""
+    both, alone = study(), study(arms={"going_on": None, "grown": {"at": "end"}}, reference=None)
+    for first, second in ((both, alone), (alone, both)):
+        node = make_plan(first).nodes[0]
+        node.folder.mkdir(parents=True, exist_ok=True)
+        write_config(node, first.dir)
+        if first is both:
+            check_unchanged(make_plan(second))
+        else:
+            with pytest.raises(ConfigError, match="has not kept its state before the decay.* Give that arm at: end"):
+                check_unchanged(make_plan(second))
+
+
+DIVERGES = """
+import json, pathlib, re, sys
+text = pathlib.Path(sys.argv[1]).read_text()
+folder = pathlib.Path(re.search(r"  dir: (.*)", text)[1])
+folder.mkdir(parents=True, exist_ok=True)
+record = {"step": 20, "tokens": 1280, "flops": 1.2e7, "train/diverged": 1}
+(folder / "metrics.jsonl").write_text(json.dumps(record) + chr(10))
+sys.exit(2 if "lr=0.04" in str(folder) or "going_on" in str(folder) else 0)
+"""
+
+
+def test_a_run_that_diverges_has_ended(study, started, monkeypatch):
+    """The guard ends it with an error, of which torchrun makes another code. It is the worst of its sweep."""
+    lines, fake = [], started(DIVERGES) or module.measure
+
+    def measured(node):
+        failed = "lr=0.04" in node.name or "going_on" in node.name
+        return measure(node) if failed else fake(node)
+
+    monkeypatch.setattr(module, "measure", measured)
+    of = study(more=[{"name": "more", "parent": "going_on", "by": "branch", "flops": 3e7, "decay": 0.1,
+                      "comparable": False}])  # fmt: skip
+    queue(of, say=lines.append).run()
+    nodes = {node.name: node for node in make_plan(of, loss_of).nodes}
+    diverged = {name: read_result(node) for name, node in nodes.items() if math.isnan(read_result(node).loss)}
+    expected = {"small/lr=0.04/seed1", *(f"{arm}/seed{seed}" for arm in ("going_on", "more") for seed in (1, 2))}
+    assert diverged.keys() == expected
+    assert (diverged["small/lr=0.04/seed1"].tokens, diverged["more/seed1"].own_tokens) == (1280, 0)
+    assert "more/seed1: does not begin, because going_on/seed1 has diverged" in lines
+    assert any(line.startswith("small/lr=0.04/seed1: has diverged after") for line in lines)
+    text = in_words(results_of(make_plan(of, loss_of)))
+    assert "0.04 diverged; chosen 0.02" in text
+    assert total_seconds(make_plan(of, loss_of), 1, Speeds({}, 1e9).seconds) == 0
+
+
+def test_a_run_that_another_process_has_failed_at_is_not_started_again(study, started):
+    """Until the study is: then each of its processes has seen the failure before it began."""
+    of = study(arms={"going_on": None, "grown": None}, seeds=[1])
+    names = started("import sys, time; time.sleep(0.3); sys.exit(2 if 'lr=0.04' in sys.argv[1] else 0)")
+    count = Path(of.dir, "count")
+    program = f"open({str(count)!r}, 'a').write(sys.argv[1] + chr(10)); "
+    started(f"import sys; {program}sys.exit(2 if 'lr=0.04' in sys.argv[1] else 0)")
+    errors = []
+
+    def work():
+        with pytest.raises(UserError, match="1 of the runs failed") as failed:
+            queue(of, workers=1).run()
+        errors.append(str(failed.value))
+
+    Path(of.dir).mkdir()
+    threads = [threading.Thread(target=work) for _ in range(3)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(PATIENCE_SECONDS)
+    assert len(errors) == 3 and all("exit code 2, see" in error for error in errors)
+    assert sum("lr=0.04" in line for line in count.read_text().splitlines()) == 1 and len(names) == 2
+    work()
+    assert sum("lr=0.04" in line for line in count.read_text().splitlines()) == 2
+
+
 def test_a_run_that_failed_may_be_corrected(study, started):
     """It begins anew, and its folder as it was is kept; what has ended is the same run as before."""
     fails = "import sys; sys.exit(2 if 'grown_seed1' in sys.argv[1] else 0)"
@@ -361,7 +438,7 @@ def test_a_result_that_is_none_is_refused(study, started):
         *[{key: None} for key in whole if key not in ("value", "loss")],
         *[{key: -1} for key in whole if key not in ("value", "loss", "name", "arm", "curve", "metrics")],
         *[{key: math.nan} for key in whole],
-        {"tokens_per_second": 0}, {"tokens": 1.5}, {"seed": True}, {"loss": 10**400}, {"curve": [[1, 2]]},
+        {"tokens": 1.5}, {"seed": True}, {"loss": 10**400}, {"curve": [[1, 2]]},
         {"curve": [[1, 2, None]]}, {"curve": [[-1, 2, 3]]}, {"metrics": {"top1": "a"}}, {"hours": 1},
     ]  # fmt: skip
     others = [json.dumps(whole | other).encode() for other in wrong]

@@ -57,6 +57,9 @@ def test_the_cheapest_of_several_curves():
     assert cheapest(3.75, [steep, flat]) == cost_of(3.75, flat)
     assert cheapest(2.0, [steep, point]) == Cost(1e3, "more")
     assert cheapest(4.6, [steep, point]) == Cost(cost_of(4.6, steep).flops, "less")
+    # `point` may have gone on to 3.2 before `steep` reaches it
+    assert cheapest(3.2, [steep, point]) == Cost(cost_of(3.2, steep).flops, "less")
+    assert cheapest(4.4, [steep, point]) == cost_of(4.4, steep)
 
 
 def sweep(losses, **fields):

@@ -211,5 +211,11 @@ def test_passes_over_the_data_and_a_vocabulary_that_is_too_small(tmp_path):
     assert planned["stages"][0]["data"]["sources"][0]["tokens"] == 300
     refused = tool("plan_run", CONFIGS / "tiny.yml", "--gpus", 1, *own, "data.tokenizer=bytes", "model.vocab_size=256")
     assert refused.returncode == 2 and "model.vocab_size: 256, but data.tokenizer bytes has 257" in refused.stderr
+    # the second size reads on where the first one stopped, before its decay
+    chain = tool("plan_run", CONFIGS / "tiny_chain.yml", "--gpus", 2, "--json", *own, "data.tokenizer=null")
+    found = json.loads(chain.stdout)
+    passes = [stage["data"]["sources"][0]["passes"] for stage in found["stages"]]
+    tokens = [cost["chain_tokens"] for cost in found["chain"]]
+    assert [own / passes[0] for own in passes] == pytest.approx([own / tokens[0] for own in tokens])
     elsewhere = tool("plan_run", CONFIGS / "tiny.yml", "--gpus", 1, f"data.train=[{{path: {tmp_path}/none}}]")
     assert "not on this machine" in elsewhere.stdout

@@ -172,8 +172,25 @@ def _deepen(rank, small, big, folder):
 
 @pytest.mark.slow
 def test_drifted_copies_are_an_error(config):
-    with tempfile.TemporaryDirectory() as folder:
-        start_ranks(_drift, 4, config(), folder)
+    for drift, ranks in ((_drift, 4), (_drift_of_data_ranks, 2)):
+        with tempfile.TemporaryDirectory() as folder:
+            start_ranks(drift, ranks, config(), folder)
+
+
+def _drift_of_data_ranks(rank, config, folder):
+    start(rank, 2, folder)
+    try:
+        engine, *_ = engine_for(Layout(Topology(1, 1, 2)), config, InitialSource(config.model, config.run.seed))
+        engine.check_replicas()
+        if rank == 1:
+            with torch.no_grad():
+                {shard.spec.name: shard.parameter for shard in engine.shards()}["blocks.1.ffn.key_tokens"][3] += 1e-6
+        with pytest.raises(
+            CheckpointError, match=r"apart: blocks.1.ffn.key_tokens from row 0: ranks \[0\] differ from"
+        ):
+            engine.check_replicas()
+    finally:
+        leave()
 
 
 def _drift(rank, config, folder):
