@@ -75,17 +75,23 @@ def cost_of(loss: float, curve: Sequence[tuple[float, float]]) -> Cost:
 def cheapest(loss: float, curves: Sequence[Sequence[tuple[float, float]]]) -> Cost:
     """The least cost of `loss` over `curves`.
 
-    It is a bound, "less", when one of them may take less still; and "more", with the end of the curve that ends first,
-    when none reaches the loss.
+    It is a bound, "less", when one of them may take less still: one that begins below the loss, or one that ends above
+    it earlier, ahead of all others. It is "more", with the end of the curve that ends first, when none reaches it.
     """
     costs = [cost_of(loss, curve) for curve in curves]
     reached = [cost for cost in costs if cost.beyond != "more"]
     if not reached:
         return Cost(min(cost.flops for cost in costs), "more")
     least = min(cost.flops for cost in reached)
-    # A curve that ends above the loss at fewer FLOPs may reach it before `least`.
-    is_bound = any(cost.beyond == "less" or cost.flops < least for cost in costs)
-    return Cost(least, "less" if is_bound else "")
+    earlier = [curve for curve, cost in zip(curves, costs) if cost.flops < least and _leads(curve, curves)]
+    return Cost(least, "less" if earlier or any(cost.beyond for cost in reached) else "")
+
+
+def _leads(curve: Sequence[tuple[float, float]], curves: Sequence[Sequence[tuple[float, float]]]) -> bool:
+    """Whether none of `curves` has a lower loss at the FLOPs where `curve` ends, or below."""
+    end, lowest = max(flops for flops, _ in curve), min(loss for _, loss in curve)
+    found = [loss_at(end, other) for other in curves] + [loss for own in curves for flops, loss in own if flops <= end]
+    return all(loss is None or loss >= lowest for loss in found)
 
 
 def loss_at(flops: float, curve: Sequence[tuple[float, float]], tolerance: float = 0.0) -> float | None:

@@ -57,9 +57,11 @@ def test_the_cheapest_of_several_curves():
     assert cheapest(3.75, [steep, flat]) == cost_of(3.75, flat)
     assert cheapest(2.0, [steep, point]) == Cost(1e3, "more")
     assert cheapest(4.6, [steep, point]) == Cost(cost_of(4.6, steep).flops, "less")
-    # `point` may have gone on to 3.2 before `steep` reaches it
-    assert cheapest(3.2, [steep, point]) == Cost(cost_of(3.2, steep).flops, "less")
-    assert cheapest(4.4, [steep, point]) == cost_of(4.4, steep)
+    # a model that ends ahead of the others may have gone on to the loss before they reach it
+    ahead, late = [(1e2, 4.0), (1e3, 3.5)], [(5e3, 3.8), (2e4, 3.1)]
+    assert cheapest(3.2, [late, ahead]) == Cost(cost_of(3.2, late).flops, "less")
+    assert cheapest(3.2, [steep, ahead, [(1e2, 3.9), (1e3, 3.4), (1e5, 3.3)]]) == cost_of(3.2, steep)
+    assert cheapest(3.2, [steep, point]) == cost_of(3.2, steep) and cheapest(3.6, [late, ahead]) == cost_of(3.6, ahead)
 
 
 def sweep(losses, **fields):
