@@ -17,7 +17,7 @@ from megatron_tf.config.nearest import divisors
 from megatron_tf.growth.methods import Elements
 from megatron_tf.growth.split import Copies
 from megatron_tf.model.sparse_pattention import SparsePattention
-from megatron_tf.pruning.candidates import Use, add_use, ways_to
+from megatron_tf.pruning.candidates import Use, add_use, even_shares, ways_to
 
 _LARGEST_GROUP = 16
 
@@ -75,7 +75,7 @@ def with_fewer(
 def _mixed(branch: Branch, mixture: Tensor, group_size: int) -> Branch:
     """Means of candidates: tokens weighted by `mixture` [slots, count, candidates], routers and balances evenly."""
     slots, count, candidates = mixture.shape
-    even = (mixture > 0).double() / (mixture > 0).sum(-1, keepdim=True)
+    even = even_shares(mixture)
 
     def mean(tensor: Tensor, shares: Tensor) -> Tensor:
         mixed = torch.einsum("skm,sm...->sk...", shares, tensor.double().unflatten(0, (slots, candidates, -1)))

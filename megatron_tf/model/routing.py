@@ -77,9 +77,10 @@ def balance_loss(balance: Tensor, load: Tensor) -> Tensor:
 
 
 def z_loss(logits: Tensor) -> Tensor:
-    """(log Σ exp z)² over the candidates of a slot, mean over the rows, sum over the slots. logits [rows, slots, m].
+    """(log Σ exp z)² over the candidates of a slot, mean over the rows, sum over the slots. logits [rows, slots, m]; 0
+    without rows.
 
     It keeps scores small, because the gate's gradient vanishes where they are large, and the router stops learning.
     Zoph et al., 2022, arXiv 2202.08906, equation 5.
     """
-    return logits.logsumexp(-1).square().mean(0).sum()
+    return logits.logsumexp(-1).square().sum() / max(1, logits.shape[0])

@@ -45,6 +45,11 @@ DROP, MERGE = "drop", "merge"
 Mixtures = Mapping[str, Tensor]
 
 
+def even_shares(mixture: Tensor) -> Tensor:
+    """A `Mixtures` value in which all candidates that have a share have the same: of routers and balances."""
+    return (mixture > 0).double() / (mixture > 0).sum(-1, keepdim=True)
+
+
 @dataclass
 class Use:
     """How one projection used its candidates: the positions that chose each, and its contribution; fp64 [slots, m]."""

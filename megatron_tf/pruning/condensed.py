@@ -12,10 +12,11 @@ from torch import Tensor
 from megatron_tf.config.sections.model import Model
 from megatron_tf.model import build_model
 from megatron_tf.model.tokenformer import TokenFormer
+from megatron_tf.pruning.candidates import even_shares
 from megatron_tf.state.optimizer_states import WEIGHT
 from megatron_tf.state.parameters import parameter_table, projections
 from megatron_tf.state.ranges import StepRange, add_steps
-from megatron_tf.state.sources import StateSource, copy_in_slices
+from megatron_tf.state.sources import StateSource, copy_in_slices, read_whole
 
 
 @dataclass(frozen=True)
@@ -62,9 +63,7 @@ class CondensedSource:
         self.scales: Mapping[str, float] = old.scales
 
     def read(self, name: str, state: str, start: int, stop: int) -> Tensor:
-        target = torch.empty(stop - start)
-        self.read_into(name, state, start, target)
-        return target
+        return read_whole(self, name, state, start, stop)
 
     def read_into(self, name: str, state: str, start: int, target: Tensor) -> None:
         boundary = self._boundary(name, start, start + target.numel())
@@ -109,7 +108,7 @@ def _mixed(old_model: Model, model: Model, mixtures: Mapping[str, Tensor]) -> It
     for name, mixture in mixtures.items():
         bank, dense_again = banks[name].bank, mixture.shape[1] == 1
         assert bank is not None
-        even = (mixture > 0).double() / (mixture > 0).sum(-1, keepdim=True)
+        even = even_shares(mixture)
         for tensor in (
             ("key_tokens", "value_tokens") if dense_again else ("key_tokens", "value_tokens", "router", "balance")
         ):

@@ -11,7 +11,8 @@ from megatron_tf.checks import check_scale
 from megatron_tf.errors import ArgumentError
 from megatron_tf.pruning.criterion import check_kept
 from megatron_tf.state.parameters import ParameterSpec
-from megatron_tf.state.sources import SLICE_ELEMENTS, StateSource
+from megatron_tf.state.ranges import StepRange, add_steps
+from megatron_tf.state.sources import SLICE_ELEMENTS, StateSource, read_whole
 
 
 class PrunedSource:
@@ -47,9 +48,7 @@ class PrunedSource:
 
     def read(self, name: str, state: str, start: int, stop: int) -> Tensor:
         """Elements [start, stop) of the flattened tensor: flat fp32 on the CPU."""
-        target = torch.empty(stop - start)
-        self.read_into(name, state, start, target)
-        return target
+        return read_whole(self, name, state, start, stop)
 
     def read_into(self, name: str, state: str, start: int, target: Tensor) -> None:
         """Fills the flat fp32 `target` from element `start` on. Reads the old tensor in long ranges, not by row."""
@@ -67,20 +66,18 @@ class PrunedSource:
             target[done : done + len(part)] = part
             done += len(part)
 
-    def adam_steps(self, name: str, start: int, stop: int) -> list[tuple[int, int, int]]:
+    def adam_steps(self, name: str, start: int, stop: int) -> list[StepRange]:
         """The optimizer steps of these elements: (start, stop, steps) in order, covering [start, stop)."""
         if name not in self._rows:
             return self._old.adam_steps(name, start, stop)
-        joined: list[tuple[int, int, int]] = []
+        found: list[StepRange] = []
         for first, last, offset in self._runs(name):
             first, last = max(first, start), min(last, stop)
             if first >= last:
                 continue
             for low, high, steps in self._old.adam_steps(name, first + offset, last + offset):
-                if joined and joined[-1][2] == steps:
-                    low = joined.pop()[0] + offset
-                joined.append((low - offset, high - offset, steps))
-        return joined
+                add_steps(found, low - offset, high - offset, steps)
+        return found
 
     def _stretches(self, name: str, first: int, last: int) -> Iterator[Tensor]:
         """The old rows of rows [first, last), in portions that each span a bounded part of the old tensor."""

@@ -100,10 +100,11 @@ class Start:
             return {}
         before = parameter_table(self.model_before(model))
         old = {self.name_now(name, model): spec.numel for name, spec in before.items()}
-        # what was split lies between its copies, and none of them is older than the others
+        # What was split lies between its copies, and none of them is older than the others. Tokens that stay in no slot
+        # are fewer than before, and old.
         copied = self.growth_history[-1].get("method") == SPLIT
         return {
-            name: 0 if copied and old.get(name) != spec.numel else old.get(name, 0)
+            name: 0 if copied and old.get(name, 0) < spec.numel else old.get(name, 0)
             for name, spec in parameter_table(model).items()
             if spec.growable
         }

@@ -85,6 +85,8 @@ def test_candidates_of_earlier_stages(config):
         assert first["blocks.0.attention.proj.key_tokens"] == 11 * of.hidden_size
     bank = {"group_size": 16, "candidates": 3, "dense": 32}
     of = config(model={"parameter_tokens": tokens, "sparse": {"ffn": bank}}).model
+    first = Start(None, "", growth_history=(split,)).first_new(of)  # what is in no slot is old
+    assert first["blocks.0.ffn.key_tokens"] >= 32 * of.hidden_size and not first["blocks.0.ffn.bank.key_tokens"]
     entry = {**split, "method": "bank", "from": {**tokens, "ffn": 32}, "sparse": {"from": None, "to": {"ffn": bank}}}
     first = Start(None, "", growth_history=(entry,)).first_new(of)
     assert (first["blocks.0.ffn.key_tokens"], first["blocks.0.ffn.bank.key_tokens"]) == (32 * of.hidden_size, 0)

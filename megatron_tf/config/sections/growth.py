@@ -61,7 +61,7 @@ class Growth(Section):
     clone_noise: Fraction = 0.1
     """Relative difference of cloned weights, if model.hidden_size rises. The function is kept. Since 0.2."""
     noise: Fraction = 0.0
-    """Standard deviation of noise on each weight of old tokens, relative to the weight. 0 keeps the function."""
+    """Standard deviation of noise on each weight of old tokens that grow, relative to it; in a split of the copies."""
     routers: Literal["clusters", "random"] = "clusters"
     """Routers of a split: fitted to clusters of positions of training data, or random. Since 0.2."""
     moments: Literal["keep", "reset"] = "keep"
