@@ -40,9 +40,10 @@ _TOKENIZER_FILES = (
 
 
 def export_adapter(base: Path, adapter: Path, target: Path) -> dict[str, Agreement]:
-    """Write the folder `target`, load it as a user would, and compare it with base and adapter. Returns the agreement
+    """Write the folder `target`, load it as a user would, and compare it with base and adapter.
 
-    on each kind of sample. CheckpointError, with nothing left behind, when it cannot be written or does not agree.
+    Returns the agreement on each kind of sample. CheckpointError, with nothing left behind, when it cannot be written
+    or does not agree.
     """
     stored = read_adapter(adapter)
     if is_appended(stored.config):

@@ -1,6 +1,6 @@
 """The identity of the base model of an adapter: its shape, and a digest of its weights.
-A few values of every tensor, spread over it, are rounded to bf16. So the same weights in fp32, in bf16, sharded or
 
+A few values of every tensor, spread over it, are rounded to bf16. So the same weights in fp32, in bf16, sharded or
 saved again have the same digest. Names are left out, because they differ between versions of transformers.
 """
 
@@ -21,10 +21,10 @@ DIGESTS = ("vectors", "matrices")
 
 
 def base_facts(model: nn.Module) -> dict[str, Any]:
-    """The facts about a base that an adapter's folder keeps: `model_type`, `hidden_size`, `num_layers`, and
+    """The facts about a base that an adapter's folder keeps.
 
-    `vectors`, `matrices`: digests of its biases and norms, and of its matrices. A digest is None if there are no such
-    tensors, or if they are quantised or not in memory.
+    They are `model_type`, `hidden_size`, `num_layers`, and digests: `vectors` of its biases and norms, `matrices` of
+    its matrices. A digest is None if there are no such tensors, or if they are quantised or not in memory.
     """
     config: Any = model.config
     facts = {"model_type": config.model_type, "hidden_size": hidden_size(model), "num_layers": num_layers(model)}

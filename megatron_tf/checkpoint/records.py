@@ -1,6 +1,6 @@
 """Types and ranges of the objects inside an index: the history of growths, the data, the state of the run.
-Other packages write and read them. A checkpoint that was changed by hand can have right checksums, so everything is
 
+Other packages write and read them. A checkpoint that was changed by hand can have right checksums, so everything is
 checked here before it is used. Unknown fields are accepted, because a later version may add some.
 """
 

@@ -22,8 +22,7 @@ class LossMask:
     """The labels without a loss: those after an end-of-document token, and padding.
 
     The label after `eod_id` is masked, because it begins an unrelated document; the end itself is learnt. Labels equal
-    to
-    `pad_id`, or following it, are masked too. None disables.
+    to `pad_id`, or following it, are masked too. None disables.
     """
 
     eod_id: int | None

@@ -45,7 +45,6 @@ Done = dict[Trial, Outcome]
 @dataclass(frozen=True)
 class Plan:
     """`learn`, `keep`, `then`: files of the text to learn, of the text that may be forgotten, and of the second text to
-
     learn.  `forms`: names of FORMS; empty: all that the base can have.  `rates`: learning rates to try.
     `seeds`: how many, from 0 on.  `rounds`: of the measurement of speed; 0: it is not measured.
     """

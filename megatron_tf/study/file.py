@@ -50,7 +50,7 @@ Seeds = Annotated[tuple[Seed, ...], Field(min_length=1)]
 
 
 class Sweep(Section):
-    """Values of one key. The arm takes the one with the lowest last validation loss at the study's first seed."""
+    """Values of one key. The arm takes the one with the lowest last validation loss at its first seed."""
 
     key: str
     """A key of the configuration, such as optimizer.lr."""

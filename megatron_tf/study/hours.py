@@ -65,9 +65,9 @@ def measured(plan: Plan) -> Speeds:
 
 
 def total_seconds(plan: Plan, workers: int, seconds: Seconds) -> float | None:
-    """From now to the end of the last run, when each of `workers` takes the next run that can start. Runs that wait
+    """From now to the end of the last run, when each of `workers` takes the next run that can start.
 
-    for a sweep start when all of its trials have ended. None when the length of a run is not known.
+    Runs that wait for a sweep start when all of its trials have ended. None when the length of a run is not known.
     """
     left = [node for node in plan.nodes if not has_ended(node)]
     lengths = {node.name: seconds(node) for node in left}

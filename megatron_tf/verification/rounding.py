@@ -1,4 +1,5 @@
 """Bounds how far rounding alone can take a layout from the exact result: anything beyond is a fault of the layout.
+
 A layout sums the same terms as one process, in another order and in other parts. In fp32, with unit roundoff u = 2⁻²⁴,
 a sum of m terms is off by about √m · u times the size of its terms. Relative to the sum, that error grows as the terms
 cancel: a gradient of query tokens may be a thousandth of its terms, with softmax a millionth. The error of a step also

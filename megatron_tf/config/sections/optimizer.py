@@ -25,7 +25,7 @@ class Schedule(Section):
     decay_shape: Literal["linear", "sqrt"] = "linear"
     """For wsd: linear, or sqrt, which falls as 1 - √(share of the decay): faster at first. Since 0.2."""
     min_lr: NonNegative = 0.0
-    """Learning rate of cosine and wsd at the last step."""
+    """Learning rate at which cosine and wsd arrive one step after the last."""
 
 
 class LrRule(Section):
