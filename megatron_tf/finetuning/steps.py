@@ -13,7 +13,6 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from megatron_tf.adapters.branch import weigh_losses
 from megatron_tf.errors import TrainingError
 from megatron_tf.finetuning.batches import IGNORED, Batch, Row, collate, count_targets
 from megatron_tf.finetuning.sharding import is_sharded, local
@@ -69,6 +68,8 @@ def backward(
 ) -> tuple[float, float]:
     """(Mean loss, L2 norm of the gradient) of `rows`, the whole step's batch. Afterwards gradients are summed over all
     ranks. TrainingError when one of the two is not finite."""
+    from megatron_tf.adapters.branch import weigh_losses
+
     total = count_targets(rows)
     loss = torch.zeros((), device=computing.device)
     for part in computing.own_parts(rows):
