@@ -76,7 +76,8 @@ def end_of_document(data: Data) -> int:
         elif summary.eod_id != eod_id:
             problems.append(
                 f"{summary_file(source.path)}: documents end with token {summary.eod_id}, but {origin} says {eod_id}. "
-                "All data must end documents alike: remove data.eod_id, or prepare the data again."
+                f"All data must end documents alike: {'' if data.eod_id is None else 'remove data.eod_id, or '}prepare "
+                "the data again."
             )
     if eod_id is None:
         raise DataError(

@@ -108,17 +108,17 @@ def check_tokenizer(sources: Sequence[DataSource], tokenizer_path: str | None) -
     if tokenizer_path is not None:
         expected, origin = tokenizer_identity(tokenizer_path), f"data.tokenizer {tokenizer_path}"
     problems = []
-    for source in sources:
-        summary = read_summary(source.path)
-        if summary is None:
-            continue
+    known = [(source, summary) for source in sources if (summary := read_summary(source.path)) is not None]
+    # Without data.tokenizer they are compared with each other.
+    are_alike = all(summary.tokenizer.same(known[0][1].tokenizer) for _, summary in known)
+    for source, summary in known:
         if expected is None:
             expected, origin = summary.tokenizer, source.path
         elif not summary.tokenizer.same(expected):
             problems.append(
                 f"{summary_file(source.path)}: the data were made with tokenizer {summary.tokenizer_fingerprint[:12]}, "
                 f"{origin} is {expected.file[:12]} (SHA-256). Name the tokenizer of the data or prepare the data again."
-                + (NOT_COMPARED if tokenizer_path is not None else "")
+                + (NOT_COMPARED if tokenizer_path is not None and are_alike else "")
             )
     if problems:
         raise DataError("\n".join(problems))

@@ -24,7 +24,7 @@ def perplexity_identity(values: Mapping[str, Any]) -> Identity:
     KeyError when `values` are not of that kind.
     """
     return (
-        *(values[key] for key in (*_TEXT_SETTINGS, "stride", "max_tokens")),
+        *(values[key] for key in (*_TEXT_SETTINGS, "stride", "max_tokens", "reset_at_eod", "mask_eod_loss", "pad_id")),
         *(data["path"] for data in values["data"]),
     )
 
@@ -32,7 +32,7 @@ def perplexity_identity(values: Mapping[str, Any]) -> Identity:
 def tasks_identity(values: Mapping[str, Any]) -> Identity:
     """The settings that tell two runs of tasks apart. KeyError when `values` are not those of a tasks file."""
     settings = values["megatron_tf"]
-    return (*(settings[key] for key in (*_TEXT_SETTINGS, "limit")), *settings["tasks"])
+    return (*(settings[key] for key in (*_TEXT_SETTINGS, "limit", "reset_at_eod", "tokenizer")), *settings["tasks"])
 
 
 def copying_identity(values: Mapping[str, Any]) -> Identity:

@@ -89,18 +89,23 @@ class TextEvaluation(TaskEvaluation):
         watchdog.begin("evaluating")
         length = config.model.seq_length
         settings = {**settings_of(evaluation, model), "window": length, "stride": request.stride or length}
+        masks = config.data.model_dump(include={"reset_at_eod", "mask_eod_loss", "pad_id"})
         if datasets:
             scores = [_score(evaluation, model, dataset) for dataset in datasets]
 
             def report_scores() -> None:
-                results = [_with_bytes(request, tokenizer, dataset, score) for dataset, score in zip(datasets, scores)]
-                values = perplexity_values(results, {**settings, "max_tokens": request.max_tokens})
+                results = [
+                    _with_bytes(request, tokenizer, documents, dataset, score)
+                    for dataset, score in zip(datasets, scores)
+                ]
+                values = perplexity_values(results, {**settings, **masks, "max_tokens": request.max_tokens})
                 path = write_result(Path(f"{output}_perplexity.json"), values, perplexity_identity)
                 report(f"{perplexity_table(results)}\nwrote {path}")
 
             together(lambda: report_scores() if rank == 0 else None)
         if request.tasks:
             watchdog.begin("evaluating tasks")
+            settings |= {"reset_at_eod": config.data.reset_at_eod, "tokenizer": config.data.tokenizer}
             together(lambda: _run_tasks(evaluation, model, tasks, settings, Path(f"{output}_tasks.json")))
         if request.copying:
             together(lambda: _measure_copying(evaluation, model, settings, Path(f"{output}_copying.json")))
@@ -239,8 +244,15 @@ def _score(evaluation: Evaluation, model: LoadedModel, dataset: IndexedDataset) 
 
 
 def _with_bytes(
-    request: EvaluationRequest, tokenizer: Tokenizer | None, dataset: IndexedDataset, score: Score
+    request: EvaluationRequest,
+    tokenizer: Tokenizer | None,
+    documents: Boundaries,
+    dataset: IndexedDataset,
+    score: Score,
 ) -> DataResult:
+    if documents.loss_mask is not None and documents.loss_mask.eod_id is not None:
+        # The loss leaves out the first token of each document, whose bytes cannot be left out.
+        return DataResult(dataset.prefix, score, "not known: data.mask_eod_loss leaves tokens out")
     summary = read_summary(dataset.prefix)
     text_bytes, known_from = count_text_bytes(dataset, _num_tokens(dataset, request), summary, tokenizer)
     return DataResult(dataset.prefix, replace(score, text_bytes=text_bytes), known_from)

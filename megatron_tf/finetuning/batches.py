@@ -55,10 +55,10 @@ def pack(examples: Sequence[Example], seq_length: int, seed: int) -> list[Row]:
     return [*done, *(row for _, row in rows)]
 
 
-def rows_of_step(rows: Sequence[Row], step: int, count: int, seed: int) -> list[Row]:
-    """The `count` rows of a step. Each epoch has all rows once, in an order of its own."""
+def rows_from(rows: Sequence[Row], first: int, count: int, seed: int) -> list[Row]:
+    """`count` rows, from number `first` on of all epochs. Each epoch has all rows once, in an order of its own."""
     found = []
-    for position in range(step * count, (step + 1) * count):
+    for position in range(first, first + count):
         epoch, place = divmod(position, len(rows))
         found.append(rows[_order(len(rows), seed, epoch)[place]])
     return found

@@ -21,7 +21,7 @@ from megatron_tf.config.run_plan import below_trained
 from megatron_tf.durable import atomic_path
 from megatron_tf.engine.schedule import learning_rate
 from megatron_tf.errors import CheckpointError, ConfigError, DataError, RunStopped, file_errors
-from megatron_tf.finetuning.batches import Row, count_targets, pack, rows_of_step
+from megatron_tf.finetuning.batches import Row, count_targets, pack, rows_from
 from megatron_tf.finetuning.examples import read_examples
 from megatron_tf.finetuning.packed import check_length, check_packing
 from megatron_tf.finetuning.saving import (
@@ -103,7 +103,10 @@ class _Finetuning:
         self.config, self.model, self.train, self.validation = config, model, train, validation
         self.computing, self.console, self.trackers = computing, console, trackers
         self.folder = Path(config.run.dir)
-        self.progress = resumed.progress if resumed else Progress(0, data)
+        self.progress = resumed.progress if resumed else Progress(0, data, rows=0)
+        if self.progress.rows is None:
+            rows = self.progress.step * config.training.global_batch_size
+            self.progress = replace(self.progress, rows=rows)
         self.names = {parameter: name for name, parameter in model.named_parameters() if parameter.requires_grad}
         settings = as_adamw(config.optimizer)
         self.optimizer = torch.optim.AdamW(
@@ -157,7 +160,7 @@ class _Finetuning:
         """One update. Returns the number of tokens that it learnt."""
         training = self.config.training
         rate = learning_rate(self.step, self.config.optimizer, training.train_steps)
-        rows = rows_of_step(self.train, self.step, training.global_batch_size, self.config.run.seed)
+        rows = rows_from(self.train, self.progress.rows or 0, training.global_batch_size, self.config.run.seed)
         self.optimizer.zero_grad()
         loss, norm = backward(self.model, rows, list(self.names), self.computing)
         if training.gradient_clipping and norm > training.gradient_clipping:
@@ -168,7 +171,8 @@ class _Finetuning:
             group["lr"] = rate
         self.optimizer.step()
         learnt = count_targets(rows)
-        self.progress = replace(self.progress, step=self.step + 1, tokens=self.progress.tokens + learnt)
+        now = self.progress
+        self.progress = replace(now, step=now.step + 1, tokens=now.tokens + learnt, rows=(now.rows or 0) + len(rows))
         watchdog.beat(self.step)
         self.last = {"train/loss": loss, "train/gradient_norm": norm, "train/learning_rate": rate}
         return learnt
@@ -245,6 +249,11 @@ def _model(config: FinetuneConfig, newest: Path | None, data: str) -> tuple[Any,
             raise ConfigError(
                 f"adapter.tokens: {adapter.tokens}, and {newest} has {stored['num_tokens']}. Give another run.dir, or "
                 "grow the adapter and set adapter.from."
+            )
+        if adapter.modules and sorted(adapter.modules) != sorted(stored["modules"]):
+            raise ConfigError(
+                f"adapter.modules: {', '.join(adapter.modules)}, and {newest} has {', '.join(stored['modules'])}. "
+                "Restore them, or give another run.dir."
             )
     base = load_base(Path(config.base.path), torch.bfloat16 if config.base.precision == "bf16" else torch.float32)
     check_length(base, config.data.seq_length, "data.seq_length")

@@ -37,13 +37,14 @@ class Progress:
     """The content of training.json.
 
     `step`: updates done.  `data`: digest of the training files.  `tokens`: learnt so far.  `trackers`: see
-    `Trackers.ids`.
+    `Trackers.ids`.  `rows`: read so far, over all epochs; None in a checkpoint of an earlier version.
     """
 
     step: int
     data: str
     tokens: int = 0
     trackers: Mapping[str, str] = field(default_factory=dict)
+    rows: int | None = None
 
 
 @dataclass(frozen=True)
@@ -72,7 +73,8 @@ def save(folder: Path, progress: Progress, adapter: Adapter, moments: Mapping[st
 
     def complete(partial: Path) -> None:
         save_file(dict(moments), partial / _MOMENTS)
-        (partial / _PROGRESS).write_text(json.dumps(asdict(progress)) + "\n", encoding="utf-8")
+        fields = {name: value for name, value in asdict(progress).items() if value is not None}
+        (partial / _PROGRESS).write_text(json.dumps(fields) + "\n", encoding="utf-8")
 
     folder.mkdir(parents=True, exist_ok=True)
     shutil.rmtree(partial_path(target), ignore_errors=True)  # what a killed run left
@@ -114,4 +116,6 @@ def read_progress(path: Path) -> Resumed:
     more: dict[str, Any] = {}
     if "tokens" in fields:  # checkpoints of earlier versions have neither `tokens` nor `trackers`
         more = {"tokens": fields.integer("tokens"), "trackers": fields.plain("trackers")}
+    if "rows" in fields:
+        more["rows"] = fields.integer("rows")
     return Resumed(Progress(fields.integer("step"), fields.text("data"), **more), moments)

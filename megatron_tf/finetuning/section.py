@@ -17,6 +17,7 @@ from megatron_tf.config.load import apply_override
 from megatron_tf.config.lookup import key_name, without_null_sections
 from megatron_tf.config.mistakes import follows_from_another, value_sentence
 from megatron_tf.config.nearest import either
+from megatron_tf.config.rules.schedule import rate_problems
 from megatron_tf.config.sections.optimizer import OF_CANDIDATES, Optimizer
 from megatron_tf.config.yaml_core import dump_yaml, parse_yaml
 from megatron_tf.errors import ConfigError
@@ -179,7 +180,7 @@ def check_ranks(config: FinetuneConfig, world_size: int) -> None:
 
 
 def _contradictions(config: FinetuneConfig) -> Iterator[str]:
-    schedule, adapter = config.optimizer.schedule, config.adapter
+    adapter = config.adapter
     if config.optimizer.type != "adamw":
         yield f"optimizer.type: {config.optimizer.type}, and adapters are trained by adamw. Set it to adamw."
     if config.optimizer.lr_rule is not None:
@@ -189,13 +190,7 @@ def _contradictions(config: FinetuneConfig) -> Iterator[str]:
             yield f"optimizer.{key}: is for candidates of a model, and this is an adapter. Set it to null."
     if config.optimizer.layer_decay != 1:
         yield "optimizer.layer_decay: is for layers of a model, and this is an adapter. Set it to 1."
-    if schedule.type == "wsd" and schedule.decay_steps is None:
-        yield "optimizer.schedule.decay_steps: missing, and wsd needs it. Give the steps in which the rate falls."
-    if schedule.warmup_steps >= config.training.train_steps:
-        yield (
-            f"optimizer.schedule.warmup_steps: {schedule.warmup_steps}, and training.train_steps is "
-            f"{config.training.train_steps}. Set it to fewer."
-        )
+    yield from rate_problems(config.optimizer, config.training.train_steps)
     if adapter.source is not None and (adapter.tokens is not None or adapter.modules):
         yield "adapter.from: has tokens and modules of its own. Remove adapter.tokens and adapter.modules."
 

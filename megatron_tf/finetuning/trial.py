@@ -19,7 +19,7 @@ from megatron_tf.adapters.loading import load_base
 from megatron_tf.benchmark.adapters import APPENDED, LORA, add_lora, trained_parameters, with_adapter
 from megatron_tf.engine.schedule import learning_rate
 from megatron_tf.errors import DataError, TrainingError
-from megatron_tf.finetuning.batches import Row, count_targets, pack, rows_of_step
+from megatron_tf.finetuning.batches import Row, count_targets, pack, rows_from
 from megatron_tf.finetuning.examples import Example, read_examples
 from megatron_tf.finetuning.steps import Computing, backward, mean_loss
 from megatron_tf.optimizers.adamw import AdamWOptimizer
@@ -90,7 +90,6 @@ class Trial:
 @dataclass(frozen=True)
 class Outcome:
     """`parameters`: trained ones.  `held`, `keep`: mean loss a learnt token on held-out text and on the other text;
-
     None when the training diverged.  `tokens_per_second`: learnt, without the first steps; None for the base alone.
     `peak_bytes`: of GPU memory.  In a trial of SECOND, `held` is of the second text and `first` of the first.
     """
@@ -189,7 +188,7 @@ def _train(setting: Setting, learn: Sequence[Row], trial: Trial, model: Any, com
     seconds, tokens = 0.0, 0
     for step in range(setting.steps):
         began = time.perf_counter()
-        rows = rows_of_step(learn, step, setting.batch, trial.seed)
+        rows = rows_from(learn, step * setting.batch, setting.batch, trial.seed)
         optimizer.zero_grad()
         _, norm = backward(model, rows, parameters, computing)
         if norm > _CLIPPING:

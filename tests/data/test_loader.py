@@ -216,6 +216,11 @@ def test_tokenizer_and_data_disagree(tmp_path):
         check_tokenizer([good, bad, unknown], str(tmp_path / "t.json"))
     with pytest.raises(DataError, match=rf"b\.json: .* tokenizer 0123456789ab, .*/a is {digest[:12]}"):
         check_tokenizer([good, bad], None)
+    # null helps where the sources agree with each other
+    for sources, helps in (([bad, bad], True), ([good, bad], False)):
+        with pytest.raises(DataError) as refused:
+            check_tokenizer(sources, str(tmp_path / "t.json"))
+        assert ("data.tokenizer=null" in str(refused.value)) == helps
     with pytest.raises(DataError, match=r"none\.json: No such file or directory\. The tokenizer"):
         check_tokenizer([good], str(tmp_path / "none.json"))
 

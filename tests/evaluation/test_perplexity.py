@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -11,9 +12,10 @@ from torch.nn.functional import cross_entropy
 
 from megatron_tf.checkpoint.reader import open_checkpoint
 from megatron_tf.config.topology import Topology
-from megatron_tf.data.documents import LossMask
+from megatron_tf.data.documents import Boundaries, LossMask
 from megatron_tf.data.indexed import IndexedDataset, IndexedWriter
 from megatron_tf.errors import DataError
+from megatron_tf.evaluation import text
 from megatron_tf.evaluation.perplexity import Score, num_batches, perplexity, pooled, summed_loss
 from megatron_tf.evaluation.windows import Windows
 from megatron_tf.inference.load import load_model
@@ -170,3 +172,11 @@ def test_scores():
     assert pooled([first, first]) == Score(20.0, 10, 8)
     assert pooled([first, second]) == Score(12.0, 6, None)  # a mean over tokens, not over texts
     assert perplexity(1e6) == math.inf
+
+
+def test_bits_per_byte_are_not_given_where_tokens_are_left_out():
+    """Their bytes would be counted, and their losses not."""
+    masked = Boundaries((), LossMask(7, None))
+    dataset, request = SimpleNamespace(prefix="a", num_tokens=9), SimpleNamespace(max_tokens=None)
+    result = text._with_bytes(request, None, masked, dataset, Score(3.0, 4, None))
+    assert result.score.bits_per_byte is None and "data.mask_eod_loss" in str(result)

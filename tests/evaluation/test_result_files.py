@@ -21,9 +21,12 @@ PERPLEXITY = {
     "window": 16,
     "stride": 16,
     "max_tokens": None,
+    "reset_at_eod": False,
+    "mask_eod_loss": False,
+    "pad_id": None,
     "data": [{"path": "a", "loss": 1.0}],
 }
-TASKS = {"megatron_tf": {**PERPLEXITY, "tasks": ["piqa"], "limit": None}, "results": {}}
+TASKS = {"megatron_tf": {**PERPLEXITY, "tasks": ["piqa"], "limit": None, "tokenizer": "t.json"}, "results": {}}
 
 
 @pytest.mark.parametrize(
@@ -34,6 +37,9 @@ TASKS = {"megatron_tf": {**PERPLEXITY, "tasks": ["piqa"], "limit": None}, "resul
         {"window": 8},
         {"stride": 8},
         {"max_tokens": 9},
+        {"reset_at_eod": True},
+        {"mask_eod_loss": True},
+        {"pad_id": 0},
         {"data": []},
         {"data": [{"path": "b"}]},
     ],
@@ -55,7 +61,10 @@ def test_the_same_settings_replace_whatever_the_layout_and_the_result(tmp_path):
     assert result_file(path, again, perplexity_identity) == path
 
 
-@pytest.mark.parametrize("change", [{"tasks": ["arc_easy"]}, {"limit": 3}, {"precision": "bf16"}])
+@pytest.mark.parametrize(
+    "change",
+    [{"tasks": ["arc_easy"]}, {"limit": 3}, {"precision": "bf16"}, {"tokenizer": "u.json"}, {"reset_at_eod": True}],
+)
 def test_other_tasks_get_another_name(tmp_path, change):
     path = tmp_path / "step_1_tasks.json"
     path.write_text(json.dumps(TASKS))

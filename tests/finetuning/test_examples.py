@@ -6,7 +6,7 @@ from bases import TEMPLATE, questions, write_base, write_lines
 
 from megatron_tf.adapters.loading import load_tokenizer
 from megatron_tf.errors import DataError
-from megatron_tf.finetuning.batches import collate, count_targets, pack, rows_of_step
+from megatron_tf.finetuning.batches import collate, count_targets, pack, rows_from
 from megatron_tf.finetuning.examples import Example, read_examples
 
 
@@ -137,7 +137,7 @@ def test_without_packing_rows_are_as_long_as_the_longest(read):
 
 def test_each_epoch_has_every_row_once_in_an_order_of_its_own(read):
     rows = [[one] for one in read(*questions(6))]
-    steps = [rows_of_step(rows, step, 4, seed=1) for step in range(6)]
+    steps = [rows_from(rows, 4 * step, 4, seed=1) for step in range(6)]
     flat = [row[0].place for step in steps for row in step]
     epochs = [flat[start : start + 6] for start in range(0, 24, 6)]
     assert all(sorted(epoch) == sorted(row[0].place for row in rows) for epoch in epochs)

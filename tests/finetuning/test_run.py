@@ -11,15 +11,16 @@ import torch
 from bases import decoder, questions, tokenformer, write_base, write_lines
 from launching import PROJECT, environment, free_port, warm
 from live import PATIENCE_SECONDS
-from peft import PeftModel
+from peft import PeftModel, get_peft_model
 from tooling import tool
 
 from megatron_tf.adapters import PattentionConfig
 from megatron_tf.adapters.folder import read_adapter, write_adapter
 from megatron_tf.adapters.growth import grow_adapter
+from megatron_tf.adapters.tuner import adapter_of
 from megatron_tf.errors import ConfigError, UserError
 from megatron_tf.finetuning import run as module
-from megatron_tf.finetuning.saving import read_progress
+from megatron_tf.finetuning.saving import Progress, read_progress, save
 from megatron_tf.finetuning.section import load_finetune
 from megatron_tf.inference.load import load_model
 from megatron_tf.runtime.environment import detect
@@ -214,6 +215,17 @@ def test_bad_input_is_one_message_and_nothing_is_written(folder, tmp_path):
         assert "Traceback" not in done.stderr and not (tmp_path / "run").exists()
 
 
+def test_an_adapter_of_other_modules_is_not_gone_on_with(tmp_path):
+    adapter = adapter_of(get_peft_model(decoder(), PattentionConfig(num_tokens=4, modules=["attention", "mlp"])))
+    newest = save(tmp_path / "run" / "checkpoints", Progress(3, "digest"), adapter, {})
+    write_lines(tmp_path / "train.jsonl", questions())
+    (tmp_path / "base").mkdir()
+    (tmp_path / "config.yml").write_text(CONFIG.format(folder=tmp_path))
+    config = load_finetune(tmp_path / "config.yml", ["adapter.modules=[mlp]"])
+    with pytest.raises(ConfigError, match="adapter.modules: mlp, and .*step_00000003 has attention, mlp. Restore them"):
+        module._model(config, newest, "digest")
+
+
 @pytest.fixture
 def begun(tmp_path, monkeypatch):
     """Begins a run whose base is loaded by a given function."""
@@ -261,8 +273,11 @@ def test_a_run_that_has_begun_and_ended_meanwhile_is_not_begun_again(begun, tmp_
         ("adapter.token=4", "adapter.token: unknown key. Did you mean adapter.tokens?"),
         ("training.train_steps=0", "training.train_steps: 0 is out of range. It must be at least 1."),
         ("base.precision=fp8", "base.precision: the text 'fp8', but one of bf16, fp32 is expected."),
-        ("optimizer.schedule.warmup_steps=6", "warmup_steps: 6, and training.train_steps is 6"),
-        ("optimizer.schedule.type=wsd", "optimizer.schedule.decay_steps: missing"),
+        ("optimizer.schedule.warmup_steps=7", "warmup_steps: 7 is more than the run's 6 steps. Set it to at most 6"),
+        ("optimizer.schedule.type=wsd", "optimizer.schedule.decay_steps: wsd needs the number of its last, decaying"),
+        ("optimizer.schedule={type: wsd, decay_steps: 9}", "decay_steps: 9 and optimizer.schedule.warmup_steps 0 are"),
+        ("optimizer.schedule.decay_steps=3", "decay_steps: 3 is for schedule type wsd only"),
+        ("optimizer.schedule.min_lr=9", "optimizer.schedule.min_lr: 9 is above optimizer.lr"),
         (
             "optimizer.lr_rule={base_tokens: {qkv: 1, proj: 1, ffn: 1}}",
             "optimizer.lr_rule: is for models of parameter tokens",

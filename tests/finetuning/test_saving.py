@@ -24,7 +24,7 @@ def test_progress_and_moments_come_back(tmp_path):
     for parameter in names:
         parameter.grad = torch.randn_like(parameter)
     optimizer.step()
-    progress = Progress(3, "digest", 70, {"wandb": "1a2b"})
+    progress = Progress(3, "digest", 70, {"wandb": "1a2b"}, rows=12)
     path = save(tmp_path, progress, adapter_of(model), whole_moments(optimizer, names))
     found = read_progress(path)
     assert found.progress == progress

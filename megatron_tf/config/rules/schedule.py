@@ -9,29 +9,36 @@ from megatron_tf.config.rules.batch import length_problems
 from megatron_tf.config.run_plan import steps_to_train
 from megatron_tf.config.schema import RunConfig
 from megatron_tf.config.sections.growth import LearningRates
+from megatron_tf.config.sections.optimizer import Optimizer
 from megatron_tf.telemetry.text import count_of
 
 
 def schedule_problems(config: RunConfig) -> Iterator[str]:
-    schedule, lr = config.optimizer.schedule, config.optimizer.lr
-    if schedule.min_lr > lr:
-        yield (
-            f"optimizer.schedule.min_lr: {schedule.min_lr:g} is above optimizer.lr {lr:g}. Set it to at most {lr:g}."
-        )
-    if list(length_problems(config)):
-        return
-    steps = steps_to_train(config)
-    if config.growth is not None:
-        yield from _new_tokens_problems(config.growth.lr_multipliers, steps)
-    if schedule.warmup_steps > steps:
-        yield (
-            f"optimizer.schedule.warmup_steps: {schedule.warmup_steps} is more than the run's "
-            f"{count_of(steps, 'step')}. Set it to at most {steps}; 1 % would be {math.ceil(steps / 100)}."
-        )
+    schedule = config.optimizer.schedule
+    steps = None if list(length_problems(config)) else steps_to_train(config)
+    yield from rate_problems(config.optimizer, steps)
     if config.checkpoint.keep_before_decay and schedule.type != "wsd":
         yield (
             f"checkpoint.keep_before_decay: true is for schedule type wsd only, but optimizer.schedule.type is "
             f"{schedule.type}. Set it to false, or the type to wsd."
+        )
+    if steps is not None and config.growth is not None:
+        yield from _new_tokens_problems(config.growth.lr_multipliers, steps)
+
+
+def rate_problems(optimizer: Optimizer, steps: int | None) -> Iterator[str]:
+    """Sentences on the schedule of a run of `steps` steps, of pretraining or fine-tuning; None: they are not known."""
+    schedule, lr = optimizer.schedule, optimizer.lr
+    if schedule.min_lr > lr:
+        yield (
+            f"optimizer.schedule.min_lr: {schedule.min_lr:g} is above optimizer.lr {lr:g}. Set it to at most {lr:g}."
+        )
+    if steps is None:
+        return
+    if schedule.warmup_steps > steps:
+        yield (
+            f"optimizer.schedule.warmup_steps: {schedule.warmup_steps} is more than the run's "
+            f"{count_of(steps, 'step')}. Set it to at most {steps}; 1 % would be {math.ceil(steps / 100)}."
         )
     if schedule.type != "wsd" and schedule.decay_shape != "linear":
         yield (

@@ -43,6 +43,11 @@ def opened(content: bytes) -> Image:
     return image
 
 
+def is_grey(image: Image) -> bool:
+    """Whether the image has no colours, in 1, 8, 16 or 32 bits, with or without transparency."""
+    return image.mode in ("1", "L", "LA", "La", "I") or image.mode.startswith("I;16")
+
+
 def in_channels(image: Image, channels: int) -> Image:
     """The image in mode L (1 channel) or RGB (3); BadImage when it is truncated, or is coloured and `channels` is 1.
 
@@ -53,7 +58,7 @@ def in_channels(image: Image, channels: int) -> Image:
             image = _in_8_bits(image)
         if channels == 3:
             return image.convert("RGB")
-        if image.mode not in ("1", "L", "LA", "La"):
+        if not is_grey(image):
             raise BadImage(f"mode {image.mode} has colours, but model.image.channels is 1")
         return image.convert("L")
     except (OSError, ValueError, SyntaxError) as error:
@@ -71,9 +76,9 @@ def upright(image: Image) -> Image | None:
 
 
 def encoded(image: Image) -> bytes:
-    """The image as a file: JPEG of quality 95 if it came as JPEG or its mode is RGB or CMYK, else PNG (lossless)."""
+    """The image as a file: JPEG of quality 95 if its mode is RGB or CMYK, else PNG (lossless)."""
     content = io.BytesIO()
-    if image.format == "JPEG" or image.mode in ("RGB", "CMYK"):
+    if image.mode in ("RGB", "CMYK"):
         image.save(content, "JPEG", quality=95, subsampling=0)
     else:
         image.save(content, "PNG")

@@ -11,7 +11,7 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from megatron_tf.data.images.decode import BadImage, encoded, in_channels, opened, upright
+from megatron_tf.data.images.decode import BadImage, encoded, in_channels, is_grey, opened, upright
 from megatron_tf.data.images.parquet import is_parquet, named_classes, parquet_records
 from megatron_tf.data.images.readers import (
     class_folders,
@@ -233,7 +233,7 @@ def _changed(content: bytes, changes: _Changes) -> bytes:
         size = (max(side, round(picture.size[0] * scale)), max(side, round(picture.size[1] * scale)))
         from PIL.Image import Resampling
 
-        picture = in_channels(picture, 1 if picture.mode in ("1", "L") else 3).resize(size, Resampling.BICUBIC)
+        picture = in_channels(picture, 1 if is_grey(picture) else 3).resize(size, Resampling.BICUBIC)
     if turned is not None or shrinks:
         return encoded(picture)
     in_channels(image, 3)

@@ -19,6 +19,7 @@ import numpy as np
 
 from megatron_tf.data.images.decode import BadImage, opened, png
 from megatron_tf.data.images.source import LABEL
+from megatron_tf.data.preparation.formats import StrictMember, check_end
 from megatron_tf.data.preparation.record_types import BadRecord, RawRecord, bad_raw
 from megatron_tf.durable import open_plain, read_plain
 from megatron_tf.errors import DataError, UserError, file_errors
@@ -59,24 +60,32 @@ def idx_records(paths: Iterable[Path], *, num_classes: int, on_read: Callable[[i
 
 
 def tar_records(paths: Iterable[Path], *, num_classes: int, on_read: Callable[[int], None]) -> Iterator[RawRecord]:
-    """Records of tar archives in which KEY.jpg (or another ending) and KEY.cls, image and class, are neighbours."""
+    """Records of tar archives in which KEY.jpg (or another ending) and KEY.cls, image and class, are neighbours.
+
+    An archive that is damaged, or has another one appended, is a bad record; the images before the damage are read.
+    """
     for path in paths:
         try:
-            with file_errors(DataError, path, REMEDY), tarfile.open(path, "r|*") as archive:
+            with file_errors(DataError, path, REMEDY), tarfile.open(path, "r|*", tarinfo=StrictMember) as archive:
                 yield from _pairs(str(path), archive, num_classes)
+                check_end(archive)
+        except BadRecord as problem:
+            yield bad_raw(str(path), 1, problem)
         except (tarfile.TarError, EOFError, zlib.error) as error:
             yield bad_raw(str(path), 1, BadRecord("truncated", f"the archive breaks off ({error})"))
         on_read(os.stat(path).st_size)
 
 
 def _pairs(file: str, archive: tarfile.TarFile, num_classes: int) -> Iterator[RawRecord]:
-    number, key = 0, ""
+    number, key, images = 0, "", 0
     content: bytes | None = None
     label: bytes | None = None
 
     def pair() -> Iterator[RawRecord]:
         place = f"{file}:{key}"
-        if content is not None and label is not None:
+        if images > 1:
+            yield bad_raw(place, number, BadRecord("bad_image", f"{images} images have this key. Keep one of them"))
+        elif content is not None and label is not None:
             yield _with_text_label(place, number, label, num_classes, content)
         elif content is not None:
             yield bad_raw(place, number, BadRecord("bad_label", f"the image has no {key}{LABEL_SUFFIX} next to it"))
@@ -91,13 +100,13 @@ def _pairs(file: str, archive: tarfile.TarFile, num_classes: int) -> Iterator[Ra
         own = os.path.join(os.path.dirname(member.name), stem)
         if own != key:
             yield from pair()
-            number, key, content, label = number + 1, own, None, None
+            number, key, content, label, images = number + 1, own, None, None, 0
         stream = archive.extractfile(member)
         assert stream is not None
         if dot + ending == LABEL_SUFFIX:
             label = stream.read()
         elif not ending.endswith(NOT_IMAGES) and dot + ending not in NOT_IMAGES:
-            content = stream.read()
+            content, images = stream.read(), images + 1
     yield from pair()
 
 

@@ -194,7 +194,7 @@ def _member_records(where: str, chunks: Iterable[bytes], limits: ReadLimits, nes
     stream: Any = _Stream(chunks)
     try:
         # The default handling of encoding errors keeps names that are not UTF-8.
-        with tarfile.open(fileobj=stream, mode="r|", tarinfo=_StrictMember) as archive:
+        with tarfile.open(fileobj=stream, mode="r|", tarinfo=StrictMember) as archive:
             members: list[tarfile.TarInfo] = vars(archive)["members"]
             while (member := archive.next()) is not None:
                 members.clear()  # tarfile keeps every member; millions of them would fill the memory
@@ -203,12 +203,7 @@ def _member_records(where: str, chunks: Iterable[bytes], limits: ReadLimits, nes
                     yield from _content_records(place, member.name, _raw_chunks(content, _ignore), limits, nested)
                 elif not (member.isdir() or member.islnk()):
                     yield bad_raw(place, 1, BadRecord("unknown_member", _not_plain(member)))
-            rest: Any = archive.fileobj
-            while piece := rest.read(READ_BYTES):  # to the end, where compressed data have their checksums
-                if piece.strip(b"\0"):
-                    raise BadRecord(
-                        "broken", "data after the end of the archive, which are lost; was one file appended?"
-                    )
+            check_end(archive)
     except BadRecord as problem:
         yield bad_raw(where, 1, problem)
     except tarfile.TarError as error:
@@ -221,11 +216,20 @@ def _not_plain(member: tarfile.TarInfo) -> str:
     return "is a device or a FIFO, not a file"
 
 
-class _StrictMember(tarfile.TarInfo):
+def check_end(archive: tarfile.TarFile) -> None:
+    """BadRecord when data follow the end of an archive whose members have been read. It reads to the end, where
+    compressed data have their checksums."""
+    rest: Any = archive.fileobj
+    while piece := rest.read(READ_BYTES):
+        if piece.strip(b"\0"):
+            raise BadRecord("broken", "data after the end of the archive, which are lost; was one file appended?")
+
+
+class StrictMember(tarfile.TarInfo):
     """Raises BadRecord for a damaged header and a truncated file, which tarfile takes for the end of the archive."""
 
     @classmethod
-    def fromtarfile(cls, archive: tarfile.TarFile) -> _StrictMember:
+    def fromtarfile(cls, archive: tarfile.TarFile) -> StrictMember:
         errors: Any = tarfile
         try:
             return super().fromtarfile(archive)

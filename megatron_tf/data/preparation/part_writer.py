@@ -50,7 +50,7 @@ def write_part(job: PartJob, part: Part, encode_all: EncodeAll, observer: Observ
 
     Raises `DataError` for a bad record under `on_error="stop"`; what was written of this part is then gone.
     """
-    remedy = "Choose another prefix, then run again: finished parts are kept."
+    remedy = "Choose another prefix, and begin anew. Run again with this one, and finished parts are kept."
     with write_errors(DataError, part.folder, remedy), file_lock(part.lock_path) as held:
         if not held:
             return False

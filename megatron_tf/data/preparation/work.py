@@ -26,7 +26,7 @@ from megatron_tf.durable import file_lock, partial_path, prepare_output
 from megatron_tf.errors import DataError, write_errors
 from megatron_tf.telemetry.text import are, count_of
 
-REMEDY = "Choose another prefix, then run again: finished parts are kept."
+REMEDY = "Choose another prefix, and begin anew. Run again with this one, and finished parts are kept."
 Summary = TypeVar("Summary")
 _OUTPUT = re.compile(r"\.parts(/.*)?|((_train|_validation)?\.(bin|idx|json)|\.report\.json)(\.partial)?", re.DOTALL)
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from functools import cached_property, partial
 from typing import Any
 
 from megatron_tf.config.schema import RunConfig
 from megatron_tf.config.sections.data import DataSource
+from megatron_tf.data.blend import MAX_DEVIATION
 from megatron_tf.data.images.loader import ImageLoader, open_images
 from megatron_tf.data.images.source import ImageFiles
 from megatron_tf.data.loader import fingerprint
@@ -80,9 +82,18 @@ def _warnings(config: RunConfig, files: Sequence[ImageFiles]) -> list[str]:
     if validation and config.evaluation.samples < min(available, 1000):
         found.append(
             f"evaluation.samples: {config.evaluation.samples} of {available:,} validation images tell an accuracy to "
-            "some percent only. Raise it; beyond the number of images it is all of them, once."
+            f"some percent only. Raise it; from {_samples_for_all(config, validation):,} on it is all of them, once."
         )
     return found
+
+
+def _samples_for_all(config: RunConfig, validation: Sequence[ImageFiles]) -> int:
+    """The number of samples of an evaluation that has all images of each source, which are dealt by weight."""
+    if len(validation) == 1:
+        return len(validation[0])
+    weights = [source.weight for source in config.data.validation]
+    shares = [weight / sum(weights) for weight in weights]
+    return max(math.ceil((len(file) + MAX_DEVIATION) / share) for file, share in zip(validation, shares))
 
 
 class ImageData(TaskData):

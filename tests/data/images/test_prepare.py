@@ -125,6 +125,38 @@ def test_what_a_shard_lacks_is_named(tmp_path):
         prepare(shard, tmp_path / "y", classes="3")
 
 
+def test_a_damaged_shard_is_named_and_what_comes_before_is_read(tmp_path):
+    """tarfile takes a damaged header, a missing end and an appended archive for the end."""
+    members = {}
+    for n in range(6):
+        members |= {f"{n}.png": png(IMAGES[n]), f"{n}.cls": b"%d" % LABELS[n]}
+    whole = write_tar(tmp_path / "whole.tar", members).read_bytes()
+    (third,) = [member.offset for member in tarfile.open(tmp_path / "whole.tar") if member.name == "3.png"]
+    damaged = bytearray(whole)
+    damaged[third + 20] ^= 1
+    for name, content, reason in (
+        ("header", bytes(damaged), "a broken archive"),
+        ("member", whole[:third], "the archive breaks off"),
+        ("inside", whole[: third + 300], "the archive breaks off"),
+        ("two", whole + whole, "data after the end of the archive"),
+    ):
+        (tmp_path / f"{name}.tar").write_bytes(content)
+        (summary,) = prepare(tmp_path / f"{name}.tar", tmp_path / name, classes="3", on_error="skip")[0].values()
+        assert (summary.images, summary.skipped_records) == (6 if name == "two" else 2, 1), name
+        (sample,) = json.loads((tmp_path / f"{name}.report.json").read_text())["samples"]
+        assert reason in sample["reason"], sample
+
+
+def test_one_of_several_images_of_a_key_is_not_taken_for_it(tmp_path):
+    members = {"a.png": png(IMAGES[0]), "a.seg.png": png(IMAGES[1]), "a.cls": b"0",
+               "b.png": png(IMAGES[2]), "b.cls": b"1"}  # fmt: skip
+    shard = write_tar(tmp_path / "s.tar", members)
+    with pytest.raises(DataError, match=r"s.tar:a:1: 2 images have this key. Keep one of them"):
+        prepare(shard, tmp_path / "x", classes="3")
+    prepare(shard, tmp_path / "y", classes="3", on_error="skip")
+    assert contents(tmp_path / "y") == [(1, png(IMAGES[2]))]
+
+
 def write_parquet(path: Path, rows: list[tuple[bytes | None, int]], names: list[str] | None = None) -> Path:
     images = pyarrow.array([{"bytes": content, "path": "x.png"} for content, _ in rows])
     table = pyarrow.table({"image": images, "label": [label for _, label in rows]})
@@ -180,6 +212,18 @@ def test_large_images_are_made_smaller_and_turned(tmp_path):
         prepare(tmp_path / "in", tmp_path / name, **options)
         sizes[name] = Pictures.open(io.BytesIO(contents(tmp_path / name)[0][1])).size
     assert sizes == {"as": (40, 20), "turned": (20, 40), "small": (10, 20)}
+
+
+def test_grey_images_stay_grey_when_they_are_made_smaller(tmp_path):
+    grey = np.arange(40 * 40).reshape(40, 40)
+    (tmp_path / "in" / "b").mkdir(parents=True)
+    (tmp_path / "in" / "a").mkdir()
+    Pictures.fromarray((40 * grey).astype(np.uint16)).save(tmp_path / "in" / "a" / "deep.png")
+    Pictures.fromarray((grey % 256).astype(np.uint8)).convert("LA").save(tmp_path / "in" / "b" / "alpha.png")
+    prepare(tmp_path / "in", tmp_path / "x", shortest_side=10)
+    for _, content in contents(tmp_path / "x"):
+        small = Pictures.open(io.BytesIO(content))
+        assert (small.mode, small.size, small.format) == ("L", (10, 10), "PNG")
 
 
 def test_a_share_is_held_out(folder, tmp_path):
