@@ -139,9 +139,29 @@ def _are_halves(validation: str, training: str) -> bool:
 
 def _sample_warnings(config: RunConfig) -> Iterator[str]:
     sources = [IndexedDataset(source.path) for source in config.data.validation]
-    available = sum(max(0, (source.num_tokens - 1) // config.model.seq_length) for source in sources)
-    if sources and (warning := evaluation_warning(config.evaluation.samples, max(1, available))):
+    available = sum(_num_samples(source, config) for source in sources)
+    samples = config.evaluation.samples
+    if sources and (warning := evaluation_warning(samples, max(1, available))):
         yield warning
+    elif len(sources) > 1:
+        yield from _repeated(samples, config.data.validation, [_num_samples(source, config) for source in sources])
+
+
+def _num_samples(source: IndexedDataset, config: RunConfig) -> int:
+    return max(0, (source.num_tokens - 1) // config.model.seq_length)
+
+
+def _repeated(samples: int, sources: Sequence[DataSource], available: Sequence[int]) -> Iterator[str]:
+    """A warning when an evaluation, which is dealt by weight, begins a source again. `available`: samples of each."""
+    weight = sum(source.weight for source in sources)
+    lengths = [int(count * weight / source.weight) for source, count in zip(sources, available)]
+    first = min(range(len(sources)), key=lengths.__getitem__)
+    if samples > lengths[first]:
+        yield (
+            f"evaluation.samples: {samples:,}, but by the weights of data.validation all of {sources[first].path}, "
+            f"{count_of(available[first], 'sample')}, is read once after {lengths[first]:,}: more of it counts again. "
+            f"Set it to at most {max(1, lengths[first])}, or the weights by the sizes."
+        )
 
 
 def _end_warnings(data: Data) -> Iterator[str]:

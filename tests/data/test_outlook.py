@@ -140,6 +140,14 @@ def test_more_samples_than_there_are(tmp_path):
     assert warning.startswith("evaluation.samples: 9, but the validation data has 3 samples")
 
 
+def test_a_source_that_an_evaluation_begins_again(tmp_path):
+    """By weight, although there are samples enough in all."""
+    long, short = write(tmp_path / "b", 201, first=9), write(tmp_path / "c", 41, first=7)
+    assert warnings(config([write(tmp_path / "a", 500)], [long, short], samples=8)) == []
+    (warning,) = warnings(config([tmp_path / "a"], [long, short], samples=9))
+    assert f"all of {short}, 4 samples, is read once after 8: more of it counts again. Set it to at most 8" in warning
+
+
 def test_ends_of_documents_that_differ(tmp_path):
     sources = [write(tmp_path / "a", 500, eod_id=0), write(tmp_path / "b", 500, first=3, eod_id=2)]
     (warning,) = warnings(config(sources))
