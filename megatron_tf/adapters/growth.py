@@ -106,7 +106,8 @@ def shrink_adapter(adapter: Adapter, num_tokens: int, *, seed: int = 0) -> Adapt
     """The adapter with the `num_tokens` tokens of each branch that contribute most. ArgumentError if they do not fit.
 
     Contributions are measured on random inputs of equal variance in every direction; τ minimises the change of outputs.
-    Frozen tokens stay. If only they are left, they are no longer frozen and get back the τ from before they were.
+    Frozen tokens stay. If only they are left, they are no longer frozen, and get back the τ from before the growth that
+    froze them; without such a growth τ stays.
     An adapter with candidates loses whole candidates, as many in each slot, and keeps τ.
     """
     config = adapter.config
@@ -128,7 +129,8 @@ def shrink_adapter(adapter: Adapter, num_tokens: int, *, seed: int = 0) -> Adapt
     if num_candidates(config) > 1:
         return _fewer_candidates(adapter, num_tokens, seed)
     if num_tokens == frozen:
-        back = next(one for one in reversed(config["history"]) if one["from"] == frozen and one["to"] > frozen)
+        growths = (one for one in reversed(config["history"]) if one["from"] == frozen and one["to"] > frozen)
+        back = next(growths, {"scale_from": scale, "frozen_from": 0})
         kept = {name: torch.arange(frozen) for name in adapter.branches}
         scale, frozen = back["scale_from"], back["frozen_from"]
     else:

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from megatron_tf.checkpoint.architecture import stored_model
 from megatron_tf.checkpoint.reader import CheckpointReader
+from megatron_tf.config.differences import differing
 from megatron_tf.errors import CheckpointError
 from megatron_tf.optimizers.adamw_ema import EMA_OFFSET
 from megatron_tf.state.optimizer_states import WEIGHT
@@ -28,9 +29,12 @@ def averaged(readers: Sequence[CheckpointReader]) -> FreshSource:
         )
     first, *others = readers
     for other in others:
-        if stored_model(other.index) != stored_model(first.index):
+        models = stored_model(first.index), stored_model(other.index)
+        differences = [f"model.{key} {after}, and there {before}" for key, before, after in differing(*models)]
+        if models[0].architecture != models[1].architecture or differences:
+            told = f" ({differences[0]})" if differences else ""
             raise CheckpointError(
-                f"{other.path}: is of another model than {first.path}. Average checkpoints of one model"
+                f"{other.path}: is of another model than {first.path}{told}. Average checkpoints of one model"
             )
         for name, scale in first.index.scales.items():
             if other.index.scales[name] != scale:

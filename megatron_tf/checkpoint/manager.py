@@ -162,15 +162,17 @@ def prune(
     """
     assert keep_last >= 1
     known = {} if known is None else known
-    kept, deleted = 0, []
+    kept: set[int] = set()  # steps: one that an interrupted save set aside is the older of two with one step
+    deleted = []
     for reader in _survey(Path(root))[0]:
         if reader.index.run.get(BEFORE_DECAY):
             continue
         path = reader.path.resolve()
-        if kept < keep_last:
+        if len(kept) < keep_last:
             if path not in known:
                 known[path] = _verify(path, ALONE) is None
-            kept += known[path]
+            if known[path]:
+                kept.add(reader.index.step)
             continue
         for entry in dict.fromkeys((*_links_to(path, Path(root)), reader.path)):
             try:

@@ -97,4 +97,7 @@ def open_sources(sources: list[Path], last: int) -> list[CheckpointReader]:
     newest = resolve(sources[0])  # reports a missing checkpoint
     if newest == sources[0]:
         return [open_checkpoint(newest)]
-    return complete_checkpoints(newest.parent)[:last]
+    by_step: dict[int, CheckpointReader] = {}
+    for reader in complete_checkpoints(newest.parent):  # of two with one step the newer comes first
+        by_step.setdefault(reader.index.step, reader)
+    return list(by_step.values())[:last]

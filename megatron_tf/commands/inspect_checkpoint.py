@@ -63,7 +63,9 @@ def main() -> None:
     if arguments.verify:
         reader.verify()
         summary["verified_files"] = len(reader.manifest.files)
-    differences = None
+    differences: list[StateDifference] | None = None
+    keys: list[tuple[str, Any, Any]] = []
+    scales: dict[str, tuple[float | None, float | None]] = {}
     if arguments.diff:
         found, more = find_checkpoint(arguments.diff)
         other = open_checkpoint(found)
@@ -72,6 +74,8 @@ def main() -> None:
             other.verify()
         keys, split = between(reader.index, other.index)
         differences = [d for d in compare(reader, other, split) if not d.equal]
+        scales = differing_scales(reader.index, other.index)
+        summary["scale_differences"] = {name: list(pair) for name, pair in scales.items()}
         summary["model_differences"] = {key: [one, two] for key, one, two in keys}
         summary["differences"] = [as_json(d) for d in differences]
     if arguments.json:
@@ -81,13 +85,26 @@ def main() -> None:
         if differences is not None:
             if keys:
                 print_table([(f"model.{key}", f"{one} / {two}") for key, one, two in keys], title="models differ")
-            print_differences(arguments.diff, differences)
+            if scales:
+                rows = [(name, " / ".join(map(scale_in_words, pair))) for name, pair in scales.items()]
+                print_table(rows, title="τ differ")
+            print_differences(arguments.diff, differences, is_alike=not keys and not scales)
     if arguments.verify and passed_over:
         raise CheckpointError(
             f"newer checkpoints are damaged:{bullets(passed_over)}\nCopy them again, or move them away"
         )
-    if differences:
+    if differences or keys or scales:
         sys.exit(1)
+
+
+def differing_scales(first: CheckpointIndex, second: CheckpointIndex) -> dict[str, tuple[float | None, float | None]]:
+    """τ of each projection in both, where they differ; None where it has none."""
+    pairs = {name: (first.scales.get(name), second.scales.get(name)) for name in {**first.scales, **second.scales}}
+    return {name: pair for name, pair in pairs.items() if pair[0] != pair[1]}
+
+
+def scale_in_words(scale: float | None) -> str:
+    return "missing" if scale is None else f"{scale:.9g}"
 
 
 def check_is_no_export(folder: Path) -> None:
@@ -120,8 +137,8 @@ def inspect_adapter(folder: Path, diff: Path | None, as_object: bool) -> None:
         if diff is not None:
             settings = summary["differing_settings"].items()
             print_table([(key, f"{one} -> {other}") for key, (one, other) in settings], title="settings")
-            print_differences(diff, found)
-    if found:
+            print_differences(diff, found, is_alike=not settings)
+    if found or summary.get("differing_settings"):
         sys.exit(1)
 
 
@@ -203,9 +220,11 @@ def as_text(value: object) -> str:
     return f"{{{', '.join(f'{key}: {as_text(own)}' for key, own in value.items() if own is not None)}}}"
 
 
-def print_differences(other: Path, differences: Sequence[StateDifference]) -> None:
+def print_differences(other: Path, differences: Sequence[StateDifference], is_alike: bool) -> None:
+    """`is_alike`: whether nothing but the tensors can differ."""
     if not differences:
-        print(f"\nno difference to {other}: every tensor and state is equal to the last bit")
+        head = "no difference to" if is_alike else "but for the above there is no difference to"
+        print(f"\n{head} {other}: every tensor and state is equal to the last bit")
         return
     rows = [("name", "state", "shapes", "unequal of compared", "largest difference")]
     for d in over_blocks(differences):

@@ -79,7 +79,7 @@ def main() -> None:
         command("evaluate", str(run / "config.yml"), *UNSPLIT, "--output", str(run / "evaluation"))
     picture = arguments.folder / "loss.png"
     command("plot", str(small), str(grown), "--output", str(picture))
-    if not expanded.exists():
+    if not any(expanded.glob("checkpoints/step_*")):  # one that was cut off leaves folders
         command("expand", "--from", str(small), "--config", GROWN, "--to", str(expanded), *arguments.overrides,
                 "growth.at=end")  # fmt: skip
     writers = {

@@ -56,7 +56,8 @@ def load_stages(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> 
     own: dict[str, list[str]] = {name: [] for name in names}
     for text in overrides:
         if text.startswith("stages."):
-            name = next((n for n in names if text.startswith(f"stages.{n}.")), None)
+            # one name may be the beginning of another, such as "1" and "1.5B"
+            name = max((n for n in names if text.startswith(f"stages.{n}.")), key=len, default=None)
             if name is None:
                 problems.append(f"override {text!r}: there is no such stage. The stages are {', '.join(names)}.")
             else:
@@ -70,7 +71,11 @@ def load_stages(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> 
                 key: _without(value, "init_from") if key == "training" else value for key, value in values.items()
             }
         try:
-            overridden = [*common, *own[stage["name"]]]
+            if not configs and "growth" not in stage:  # settings of all growths are for the stages that grow
+                shared = [text for text in common if not text.startswith(("growth.", "growth="))]
+                overridden = [*shared, *own[stage["name"]]]
+            else:
+                overridden = [*common, *own[stage["name"]]]
             config, delivered = _stage_config(values, stage, overridden, configs[-1:], delivered)
             configs.append(config)
         except ConfigError as error:
@@ -99,6 +104,8 @@ def _stage_config(
     `previous`: the run of the stage before, or nothing for the first. `was_delivered`: whether that stage is delivered.
     """
     values = merged(common, {key: value for key, value in stage.items() if key != "name"})
+    if not previous and "growth" not in stage:
+        values["growth"] = None
     problems = [problem for text in overrides for problem in apply_override(values, text)]
     run = values.get("run")
     if isinstance(run, dict) and isinstance(run.get("dir"), str):
@@ -114,10 +121,6 @@ def _stage_config(
             values["growth"] = {"from": literal(previous[0].run.dir), **growth}
             if was_delivered:
                 deliver.grow_from_before(values["growth"], problems)
-    else:
-        values.setdefault("growth", None)
-        if values["growth"] is not None and "growth" not in stage:
-            values["growth"] = None  # common growth settings are for the stages that grow
     share = deliver.take_share(values, problems)
     if share is None:
         return build_config(values, problems), False

@@ -143,8 +143,10 @@ def _by_head(
 ) -> tuple[Tensor, ...]:
     """Query, key and value, the first two rotated, [b, heads, s, head_dim] each: key and value once a query head."""
     if channels:
-        # torch.compile would trace through the cache with a warning, so it gets the function itself.
-        tables = rotary_tables.__wrapped__ if torch.compiler.is_compiling() else rotary_tables
+        # torch.compile would trace through the cache with a warning, and training cannot use tables that were made in
+        # inference mode. Both get the function itself.
+        uncached = torch.compiler.is_compiling() or torch.is_inference_mode_enabled()
+        tables = rotary_tables.__wrapped__ if uncached else rotary_tables
         cos, sin = tables(query.shape[0], channels, base, query.device)
         if documents is not None:
             starts = documents.starts.mT

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import math
 import tempfile
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
@@ -253,7 +254,8 @@ def compare(trace: Trace, expected: Trace) -> Deviation:
     worst, parameter = 0.0, ""
     for name, gradient in expected.gradients.items():
         error = ((trace.gradients[name] - gradient).norm() / gradient.norm().clamp_min(1e-30)).item()
-        if not error < worst:  # true also for nan, which thus is the worst
+        error = math.inf if math.isnan(error) else error
+        if error > worst or not parameter:
             worst, parameter = error, name
     return Deviation(
         max(map(relative_error, [*trace.losses, *trace.reports], [*expected.losses, *expected.reports])),

@@ -122,6 +122,13 @@ def test_what_was_frozen_comes_back_to_the_last_bit():
     assert same(back, grown) and (back.config["frozen_tokens"], back.config["scale"]) == (16, 4.0)
 
 
+def test_tokens_that_were_frozen_from_the_start_are_all_that_is_left():
+    first = adapter(frozen_tokens=4)
+    left = shrink_adapter(first, 4)
+    assert (left.config["num_tokens"], left.config["frozen_tokens"], left.config["scale"]) == (4, 0, 4.0)
+    assert all(torch.equal(own.keys, first.branches[name].keys[:4]) for name, own in left.branches.items())
+
+
 def test_shrinking_drops_what_contributes_least():
     grown = grow_adapter(adapter(), 40)
     back = shrink_adapter(grown, 16)

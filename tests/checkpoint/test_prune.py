@@ -30,6 +30,13 @@ def test_prune_keeps_the_newest(sandbox, three):
     assert prune(sandbox.root, 2) == []
 
 
+def test_a_step_that_was_set_aside_is_not_kept_in_place_of_another(sandbox, three):
+    aside = sandbox.root / f".old-{three[2].name}-abcd"
+    shutil.copytree(three[2], aside)
+    assert three[0] in prune(sandbox.root, 2)
+    assert three[1].exists() and three[2].exists()
+
+
 def test_what_a_decay_began_with_stays_and_is_found(sandbox, tmp_path):
     kept = sandbox.saved(step=10, run={"before_decay": True})
     others = [sandbox.saved(step=step) for step in (20, 30)]

@@ -56,6 +56,17 @@ def test_overrides_are_for_all_stages_or_for_one(chain):
 def test_the_first_stage_may_grow_from_another_run(chain):
     first, second = load_stages(chain({**SMALL, "growth": {"from": "runs/tiny"}}, BIG))
     assert (first.growth.source, second.growth.source) == ("runs/tiny", "runs/small/small")
+    path = chain(SMALL, BIG, growth={"method": "gram"})
+    first, second = load_stages(path, ["stages.small.growth.from=runs/tiny", "growth.moments=reset"])
+    assert (first.growth.source, first.growth.moments, second.growth.moments) == ("runs/tiny", "keep", "reset")
+    first, second = load_stages(path, ["growth.method=zero_key"])
+    assert first.growth is None and second.growth.method == "zero_key"
+
+
+def test_one_name_may_be_the_beginning_of_another(chain):
+    path = chain({**SMALL, "name": "1"}, {**BIG, "name": "1.5B"})
+    first, second = load_stages(path, ["stages.1.5B.optimizer.lr=0.25", "stages.1.optimizer.lr=0.5"])
+    assert (first.optimizer.lr, second.optimizer.lr) == (0.5, 0.25)
 
 
 @pytest.mark.parametrize(

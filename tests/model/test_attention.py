@@ -146,3 +146,14 @@ def test_the_compiler_has_nothing_to_warn_of(recwarn):
     expected = causal_attention(query, key, value, 16, 10000.0)
     torch.testing.assert_close(compiled(query, key, value, 16, 10000.0), expected)
     assert [str(warning.message) for warning in recwarn if "lru_cache" in str(warning.message)] == []
+
+
+def test_training_after_an_evaluation_in_inference_mode():
+    """Tables that were made there cannot be saved for a backward pass."""
+    query, key, value = torch.randn(3, 23, 1, 2, 8).unbind()
+    with torch.inference_mode():
+        expected = causal_attention(query, key, value, 4, 777.0)
+    query.requires_grad_()
+    found = causal_attention(query, key, value, 4, 777.0)
+    found.sum().backward()
+    assert query.grad is not None and torch.equal(found.detach(), expected)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 
 import pytest
 import torch
@@ -57,6 +58,14 @@ def test_the_newest_of_a_run_are_averaged(folder, tmp_path):
     assert all(torch.equal(found[name], expected[name]) for name in expected)
     index = open_checkpoint(tmp_path / "mean" / "checkpoints" / "step_00000000").index
     assert (index.step, index.scales) == (0, open_checkpoint(step(folder, 4)).index.scales)
+
+
+def test_a_step_that_an_interrupted_save_left_twice_counts_once(folder, tmp_path):
+    run = tmp_path / "run"
+    shutil.copytree(folder / "small", run)
+    shutil.copytree(step(folder, 4), run / "checkpoints" / ".old-step_00000004-abcd")
+    done = tool("average_checkpoints", run, "--last", 3, "--to", tmp_path / "mean")
+    assert [line.split(", ")[1] for line in done.stdout.splitlines()[:3]] == ["step 4", "step 3", "step 2"], done.stderr
 
 
 def test_fewer_than_were_asked_for_are_told(folder, tmp_path, here):

@@ -146,6 +146,28 @@ def test_diff_of_equal_checkpoints_exits_0(run_folder):
     assert "every tensor and state is equal to the last bit" in done.stdout
 
 
+@pytest.mark.parametrize("change", ["scales", "rotary_base"])
+def test_equal_tensors_of_other_functions_are_a_difference(run_folder, tmp_path, change):
+    """τ and keys of the model decide what the tensors compute."""
+    reader = open_checkpoint(run_folder / "checkpoints" / "step_00000010")
+    model = {**reader.index.model, "rotary_fraction": 0.5}
+    index = replace(reader.index, model=model, growth_history=())
+    other = replace(index, model={**index.model, "rotary_base": 500.0})
+    if change == "scales":
+        name = next(iter(index.scales))
+        other = replace(index, scales={**index.scales, name: 2 * index.scales[name]})
+    pieces = [
+        Piece(name, state, 0, tensor.numel, reader.read(name, state, 0, tensor.numel))
+        for name, tensor in index.tensors.items()
+        for state in tensor.states
+    ]
+    for folder, own in ("one", index), ("other", other):
+        save_checkpoint(tmp_path / folder / "checkpoints", pieces, own, rank=0, world_size=1, token="t")
+    done = inspect(tmp_path / "one", "--diff", tmp_path / "other")
+    assert done.returncode == 1 and "but for the above there is no difference" in done.stdout, done.stdout
+    assert ("τ differ" if change == "scales" else "model.rotary_base") in done.stdout
+
+
 def test_a_damaged_checkpoint_is_one_message_and_exit_code_2(tmp_path):
     path = save(tmp_path, 10, 0.0)
     content = bytearray((path / shard_name(0)).read_bytes())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 
 import pytest
@@ -168,7 +169,9 @@ def test_compiled_blocks(config, resets):
 def test_compare_finds_the_worst_gradient():
     one = Trace([1.0, 2.0], [1.0, 1.0], {"a": torch.ones(4), "b": torch.ones(4)})
     other = Trace([1.0, 2.2], [1.0, 1.01], {"a": torch.ones(4), "b": torch.tensor([1.0, 1, 1, 3])})
-    assert compare(one, one) == Deviation(0, 0, 0, "b")
+    assert compare(one, one) == Deviation(0, 0, 0, "a")
+    lost = compare(replace(one, gradients={**one.gradients, "a": one.gradients["a"] * math.nan}), one)
+    assert lost.parameter == "a" and not lost.agrees(1e6)  # although that of b is right
     difference = compare(other, one)
     assert difference.parameter == "b" and difference.gradient == pytest.approx(1.0)
     assert difference.loss == pytest.approx(0.1) and not difference.agrees(0.5)

@@ -30,8 +30,9 @@ def length_problems(config: RunConfig) -> Iterator[str]:
     if not given:
         yield "training: neither train_steps nor train_tokens nor train_samples is given. Give one of them."
     if len(given) > 1:
-        (first, one), (second, other) = given[:2]
+        named, last = ", ".join(f"{name} ({value})" for name, value in given[:-1]), given[-1]
+        nulls = either(f"training.{name}=null" for name, _ in given)
         yield (
-            f"training: both {first} ({one}) and {second} ({other}) are given. Give one; "
-            f"an override removes the other with training.{first}=null or training.{second}=null."
+            f"training: {'both ' if len(given) == 2 else ''}{named} and {last[0]} ({last[1]}) are given. Give one; "
+            f"an override removes {'the other' if len(given) == 2 else 'others'} with {nulls}."
         )

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from megatron_tf.config.architectures import architecture_of
-from megatron_tf.config.nearest import either, multiples_near
+from megatron_tf.config.nearest import divisors, either, multiples_near
 from megatron_tf.config.optimizers import rule_of
 from megatron_tf.config.schema import RunConfig
 from megatron_tf.config.sections.optimizer import OF_CANDIDATES
@@ -56,12 +56,20 @@ def pipeline_problems(config: RunConfig, data_parallel: int) -> Iterator[str]:
         return
     if parallel.schedule == "zero_bubble":
         yield from _zero_bubble_problems(config, micro_batches, samples)
-    if parallel.schedule != "gpipe" and micro_batches < parallel.pipeline:
+    fits_batch = training.global_batch_size % samples == 0  # else `batch_problems` has sentences on it
+    if parallel.schedule != "gpipe" and micro_batches < parallel.pipeline and fits_batch:
+        share = training.global_batch_size // data_parallel
+        needs_multiple = parallel.virtual_stages > 1 or parallel.schedule == "zero_bubble"
+        multiple = parallel.pipeline if needs_multiple else 1
+        counts = {size: share // size for size in divisors(share)}
+        sizes = [size for size, count in counts.items() if count >= parallel.pipeline and count % multiple == 0]
+        ways = [] if parallel.virtual_stages > 1 else ["it to gpipe"]
+        if sizes:
+            ways.append(f"training.micro_batch_size to {either(sizes[-3:])}")
+        ways.append(f"training.global_batch_size to {samples * parallel.pipeline}")
         yield (
             f"parallel.schedule: {parallel.schedule} needs a micro batch for each of parallel.pipeline "
-            f"{parallel.pipeline} stages, and a step has {micro_batches} of them. Set it to gpipe, or "
-            "training.micro_batch_size to at most "
-            f"{max(1, training.global_batch_size // (parallel.pipeline * data_parallel))}."
+            f"{parallel.pipeline} stages, and a step has {micro_batches} of them. Set {', or '.join(ways)}."
         )
 
 

@@ -9,6 +9,7 @@ from megatron_tf.config.architectures import architecture_of
 from megatron_tf.config.nearest import divisors_near, either, multiples_near
 from megatron_tf.config.sections.model import Model
 from megatron_tf.config.tasks import task_of
+from megatron_tf.telemetry.text import count_of
 
 
 def model_problems(model: Model) -> Iterator[str]:
@@ -31,6 +32,7 @@ def _rotary_problems(model: Model) -> Iterator[str]:
         # Rounded up, so that int(fraction * head_size) is the even number and not the odd one below it.
         near = [math.ceil(even / head_size * 1e4) / 1e4 for even in (channels - 1, channels + 1) if even <= head_size]
         yield (
-            f"model.rotary_fraction: {model.rotary_fraction:g} of {head_size} channels a head rotates {channels} "
-            f"channels, but they are rotated in pairs. Set it to {either(f'{fraction:g}' for fraction in near)}."
+            f"model.rotary_fraction: {model.rotary_fraction:g} of {head_size} channels a head rotates "
+            f"{count_of(channels, 'channel')}, but they are rotated in pairs. Set it to "
+            f"{either(f'{fraction:g}' for fraction in near)}."
         )

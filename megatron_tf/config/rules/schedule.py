@@ -57,10 +57,11 @@ def rate_problems(optimizer: Optimizer, steps: int | None) -> Iterator[str]:
             f"Give it; 10 % would be {math.ceil(steps / 10)}."
         )
     elif schedule.warmup_steps + schedule.decay_steps > steps:
+        left = steps - schedule.warmup_steps
+        way = f"decay_steps to at most {left}" if left > 0 else "both to less"
         yield (
             f"optimizer.schedule.decay_steps: {schedule.decay_steps} and optimizer.schedule.warmup_steps "
-            f"{schedule.warmup_steps} are together more than the run's {count_of(steps, 'step')}. Set decay_steps to "
-            f"at most {max(0, steps - schedule.warmup_steps)}."
+            f"{schedule.warmup_steps} are together more than the run's {count_of(steps, 'step')}. Set {way}."
         )
 
 

@@ -164,7 +164,7 @@ def _pieces(rank, folder):
         (
             {"parallel": {"pipeline": 2}, "training": {"micro_batch_size": 8}},
             "parallel.schedule: 1f1b needs a micro batch for each of parallel.pipeline 2 stages, and a step has 1 of "
-            "them. Set it to gpipe, or training.micro_batch_size to at most 4.",
+            "them. Set it to gpipe, or training.micro_batch_size to 1, 2 or 4, or training.global_batch_size to",
         ),
     ],
 )
