@@ -12,6 +12,10 @@ from megatron_tf.activations.function import ScoreFunction, accumulating
 from megatron_tf.parallel.collectives import begin_all_reduce
 from megatron_tf.parallel.groups import Group
 
+# Norms up to this count as 0: their squares, by which a gradient is divided, are at the end of fp32's range. The C and
+# Triton kernels have the same number.
+LEAST = 1e-16
+
 
 class L2Statistic(ScoreFunction):
     """r is an L2 norm over the tokens."""
@@ -79,10 +83,10 @@ def begin_reduction(local: Tensor, group: Group) -> Callable[[], Tensor]:
 
 
 def inverse(r: Tensor, scale: float) -> Tensor:
-    """τ/r, and 0 where r is 0."""
-    return torch.where(r > 0, scale / r, 0)
+    """τ/r; 0 where r is at most LEAST, and NaN where the sum of squares has overflowed, so that divergence is seen."""
+    return torch.where(r > LEAST, scale / r + (r - r), 0)
 
 
 def coupling(total: Tensor, r: Tensor) -> Tensor:
-    """T/r², and 0 where r is 0."""
-    return torch.where(r > 0, total / r.square(), 0)
+    """T/r², and 0 where r is at most LEAST."""
+    return torch.where(r > LEAST, total / r.square(), 0)

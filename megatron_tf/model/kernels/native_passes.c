@@ -59,9 +59,19 @@ static inline float normal_distribution(float u, float *density) {
     return u < 0.0f ? tail : 1.0f - tail;
 }
 
+/* Norms up to this count as 0, see activations/l2_norm.py. */
+#define LEAST 1e-16f
+
+/* τ/norm; 0 for a row of zeros, and NaN where the sum of squares has overflowed. */
+static inline float inverse_of(float norm, float scale) {
+    if (norm > 3.4e38f)
+        return NAN;
+    return norm > LEAST ? scale / norm : 0.0f;
+}
+
 /* The passes of one row: n scores a, their √Σa² (the norm), S = GELU(u) with u = τa/norm, and from d = dS
-   D = τ/norm · d ∘ GELU'(u), total = ΣD∘a, product = Σd∘S and then da = D − a · total/norm². A row of zeros has no
-   direction: all are 0. */
+   D = τ/norm · d ∘ GELU'(u), total = ΣD∘a, product = Σd∘S and then da = D − a · total/norm². A row of zeros, or
+   of numbers whose squares are lost, has no direction: all are 0. */
 #define ROW_STAGES(NAME, TYPE, LOAD, ROUND)                                                                            \
     static inline float norm_of_row_##NAME(const TYPE *a, long n) {                                                    \
         float sum = 0.0f;                                                                                              \
@@ -69,7 +79,7 @@ static inline float normal_distribution(float u, float *density) {
         return sqrtf(sum);                                                                                             \
     }                                                                                                                  \
     static inline void weights_of_row_##NAME(const TYPE *a, float norm, float scale, TYPE *s, long n) {                \
-        float factor = norm > 0.0f ? scale / norm : 0.0f;                                                              \
+        float factor = inverse_of(norm, scale);                                                                        \
         _Pragma("omp simd") for (long j = 0; j < n; j++) {                                                             \
             float density, u = LOAD(a[j]) * factor;                                                                    \
             s[j] = ROUND(u * normal_distribution(u, &density));                                                        \
@@ -77,7 +87,7 @@ static inline float normal_distribution(float u, float *density) {
     }                                                                                                                  \
     static inline float backward_of_row_##NAME(const TYPE *a, float norm, float scale, TYPE *d, TYPE *s,               \
                                                float *product, long n) {                                               \
-        float factor = norm > 0.0f ? scale / norm : 0.0f, total = 0.0f, sum = 0.0f;                                    \
+        float factor = inverse_of(norm, scale), total = 0.0f, sum = 0.0f;                                              \
         _Pragma("omp simd reduction(+ : total, sum)") for (long j = 0; j < n; j++) {                                   \
             float density, score = LOAD(a[j]), u = score * factor, p = normal_distribution(u, &density);               \
             float g = LOAD(d[j]) * (p + u * density) * factor;                                                         \
@@ -90,7 +100,7 @@ static inline float normal_distribution(float u, float *density) {
         return total;                                                                                                  \
     }                                                                                                                  \
     static inline void couple_row_##NAME(const TYPE *a, float norm, float total, TYPE *d, long n) {                    \
-        float factor = norm > 0.0f ? total / (norm * norm) : 0.0f;                                                     \
+        float factor = norm > LEAST ? total / (norm * norm) : 0.0f;                                                    \
         _Pragma("omp simd") for (long j = 0; j < n; j++) d[j] = ROUND(LOAD(d[j]) - LOAD(a[j]) * factor);               \
     }
 

@@ -21,6 +21,7 @@ import triton.language as tl
 from torch import Tensor
 
 SUPPORTED_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+LEAST = tl.constexpr(1e-16)  # norms up to this count as 0, see activations/l2_norm.py
 WARP = 256  # columns of a warp: 8 for each thread, 16 bytes of bf16
 
 
@@ -186,8 +187,15 @@ def _store(pointer, row, there, stride, start, n, values, BLOCK: tl.constexpr, L
 
 @triton.jit
 def _over(numerator, r):
-    """numerator / r, and 0 where r is 0."""
-    return tl.where(r > 0, numerator / tl.where(r > 0, r, 1.0), 0.0)
+    """numerator / r; 0 where r is at most LEAST, and NaN where the sum of squares has overflowed."""
+    over = tl.where(r > LEAST, numerator / tl.where(r > LEAST, r, 1.0), 0.0)
+    return tl.where(r > 3.4e38, float("nan"), over)
+
+
+@triton.jit
+def _over_square(numerator, r):
+    """numerator / r², and 0 where r is at most LEAST."""
+    return tl.where(r > LEAST, numerator / tl.where(r > LEAST, r * r, 1.0), 0.0)
 
 
 @triton.jit
@@ -333,7 +341,7 @@ def _couple(
 ):  # fmt: skip
     row, there = _own_rows(rows, ROWS)
     r = tl.load(norms + row * r_stride)
-    coupling = _over(tl.load(totals + row * t_stride), r * r)
+    coupling = _over_square(tl.load(totals + row * t_stride), r)
     _make_coupled(scores, a_stride, gradient, d_stride, coupling, row, there, n, BLOCK)
 
 
@@ -369,7 +377,7 @@ def _backward_and_couple(
         score, d = _make_block(
             scores, a_stride, gradient, d_stride, weights, s_stride, factor, row, there, last, n, BLOCK, True
         )  # fmt: skip
-        coupling = _over(tl.sum(total + d * score, 1), r * r)[:, None]
+        coupling = _over_square(tl.sum(total + d * score, 1), r)[:, None]
         _store(gradient, row, there, d_stride, last, n, d - score * coupling, BLOCK, True)
         # It takes less time to compute D again than to write it and read it back.
         for start in range(0, last, BLOCK):
@@ -392,7 +400,7 @@ def _backward_and_couple(
             total += d * score
             # In the type of the matrix it takes half the registers.
             made = made + (d.to(gradient.dtype.element_ty),)
-        coupling = _over(tl.sum(total, 1), r * r)[:, None]
+        coupling = _over_square(tl.sum(total, 1), r)[:, None]
         for i in tl.static_range(PARTS):
             da = made[i].to(tl.float32) - held[i].to(tl.float32) * coupling
             _store(gradient, row, there, d_stride, i * BLOCK, n, da, BLOCK, i == PARTS - 1)

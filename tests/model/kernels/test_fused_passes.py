@@ -92,6 +92,30 @@ def test_native_kernels_keep_what_is_not_finite(dtype, value):
     assert not passes(scores, gradient)["d_scores"][5].isfinite().any()
 
 
+@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize("way", ["native", "portable"])
+def test_rows_at_the_ends_of_the_range(request, dtype, way):
+    """Rows whose squares are lost are as rows of zeros, never NaN; one whose squares overflow is NaN, to be seen."""
+    if way == "portable":
+        request.getfixturevalue("portable")
+    scores, gradient = (tensor.clone() for tensor in scores_and_gradient(dtype))
+    for row, power in ((5, -80), (6, -72), (7, -66), (8, 66)):
+        scores[row] *= 2.0**power
+    found = passes(scores, gradient)
+    for name in ("forward", "weights", "d_scores", "d"):
+        assert found[name][5:8].isfinite().all() and not found[name][5:8].any(), name
+        assert found[name][8].isnan().all() and found[name][9].isfinite().all(), name
+
+
+@pytest.mark.parametrize("activation", ["l2_norm_gelu", "gelu_l2_norm"])
+def test_gradients_of_tiny_scores_are_never_nan(activation):
+    x, keys, values = torch.randn(3, 16, 24, generator=torch.Generator().manual_seed(0)).unbind()
+    for power in (-80, -72, -66, -60, -50):
+        own = (x * 2.0**power).requires_grad_()
+        pattention(own, keys, values, activation=activation).sum().backward()
+        assert own.grad.isfinite().all() and own.grad.any() == (power == -50), power
+
+
 def test_results_do_not_depend_on_threads():
     scores, gradient = scores_and_gradient(torch.bfloat16)
     threads = torch.get_num_threads()

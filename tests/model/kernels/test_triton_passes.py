@@ -66,6 +66,20 @@ def test_agrees_with_fp64(device, monkeypatch, dtype, tokens):
     check_against_fp64(dtype, tokens, device)
 
 
+@pytest.mark.parametrize("held", [True, False])
+def test_rows_at_the_ends_of_the_range(device, monkeypatch, held):
+    """As in test_fused_passes.py: no NaN for rows whose squares are lost, and NaN for one whose squares overflow."""
+    if not held:
+        monkeypatch.setattr(triton_passes, "BACKWARD", (triton_passes.Block(None, 256, 256),))
+    scores, gradient = tensors(torch.float32, 203, device)
+    for row, power in ((0, -72), (1, -66), (2, 66)):
+        scores[row] *= 2.0**power
+    found = run(scores, gradient)
+    for name in ("forward", "whole forward", "s", "d", "whole d"):
+        assert found[name][:2].isfinite().all() and not found[name][:2].any(), name
+        assert found[name][2].isnan().all() and found[name][4].isfinite().all(), name
+
+
 @pytest.mark.parametrize("tokens", [1, 203, 700])
 @pytest.mark.parametrize("dtype", TOLERANCE)
 def test_rows_held_in_registers_agree_with_fp64(device, dtype, tokens):
