@@ -94,38 +94,44 @@ def measure_collectives(rank: int, world_size: int, num_bytes: int, device: torc
     whole = torch.empty(share * world_size, device=device)
     expected = torch.arange(1.0, world_size + 1, device=device).repeat_interleave(share)
 
-    def all_reduce(buffer: Tensor) -> Callable[[], bool]:
-        def call() -> bool:
+    # Each gives (the collective alone, which is timed; whether its result is right, from new inputs).
+    def all_reduce(buffer: Tensor) -> tuple[Callable[[], None], Callable[[], bool]]:
+        buffer.zero_()  # sums of sums stay finite
+
+        def is_right() -> bool:
             buffer.fill_(rank + 1.0)
             dist.all_reduce(buffer)
             return bool((buffer == total).all())
 
-        return call
+        return lambda: dist.all_reduce(buffer), is_right
 
-    def all_gather(out: Tensor, own: Tensor, expected: Tensor) -> Callable[[], bool]:
-        def call() -> bool:
-            _all_gather(out, own)
+    def all_gather(out: Tensor, own: Tensor, expected: Tensor) -> tuple[Callable[[], None], Callable[[], bool]]:
+        def is_right() -> bool:
+            _all_gather(out.fill_(0.0), own)
             return bool((out == expected).all())
 
-        return call
+        return lambda: _all_gather(out, own), is_right
 
-    def reduce_scatter(out: Tensor) -> Callable[[], bool]:
-        def call() -> bool:
-            _reduce_scatter(out, torch.full((out.numel() * world_size,), rank + 1.0, device=device))
+    def reduce_scatter(out: Tensor) -> tuple[Callable[[], None], Callable[[], bool]]:
+        given = torch.full((out.numel() * world_size,), rank + 1.0, device=device)
+
+        def is_right() -> bool:
+            _reduce_scatter(out.fill_(0.0), given)
             return bool((out == total).all())
 
-        return call
+        return lambda: _reduce_scatter(out, given), is_right
 
     tiny = torch.empty(world_size, device=device)
     calls = {
-        "all_reduce": (all_reduce(tiny[:1]), all_reduce(whole)),
-        "all_gather": (all_gather(tiny, own[:1], expected[::share]), all_gather(whole, own, expected)),
-        "reduce_scatter": (reduce_scatter(tiny[:1]), reduce_scatter(torch.empty_like(own))),
+        "all_reduce": lambda: (all_reduce(tiny[:1]), all_reduce(whole)),
+        "all_gather": lambda: (all_gather(tiny, own[:1], expected[::share]), all_gather(whole, own, expected)),
+        "reduce_scatter": lambda: (reduce_scatter(tiny[:1]), reduce_scatter(torch.empty_like(own))),
     }
     speeds = []
-    for kind, (small, large) in calls.items():
-        latency, seconds = _fastest(small, device), _fastest(large, device)
-        right = [small(), large()]  # both, even when the first is wrong: the other ranks call both
+    for kind, make in calls.items():
+        small, large = make()
+        latency, seconds = _fastest(small[0], device), _fastest(large[0], device)
+        right = [small[1](), large[1]()]  # both, even when the first is wrong: the other ranks call both
         speeds.append(CollectiveSpeed(kind, latency, seconds, 4 * whole.numel(), all(right)))
     return speeds
 
