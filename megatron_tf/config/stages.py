@@ -71,12 +71,12 @@ def load_stages(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> 
                 key: _without(value, "init_from") if key == "training" else value for key, value in values.items()
             }
         try:
+            shared, texts = values, common
             if not configs and "growth" not in stage:  # settings of all growths are for the stages that grow
-                shared = [text for text in common if not text.startswith(("growth.", "growth="))]
-                overridden = [*shared, *own[stage["name"]]]
-            else:
-                overridden = [*common, *own[stage["name"]]]
-            config, delivered = _stage_config(values, stage, overridden, configs[-1:], delivered)
+                shared = {**values, "growth": None}
+                texts = [text for text in common if not text.startswith(("growth.", "growth="))]
+            overridden = [*texts, *own[stage["name"]]]
+            config, delivered = _stage_config(shared, stage, overridden, configs[-1:], delivered)
             configs.append(config)
         except ConfigError as error:
             problems += [f"stage {stage['name']}: {problem}" for problem in error.problems]
@@ -104,8 +104,6 @@ def _stage_config(
     `previous`: the run of the stage before, or nothing for the first. `was_delivered`: whether that stage is delivered.
     """
     values = merged(common, {key: value for key, value in stage.items() if key != "name"})
-    if not previous and "growth" not in stage:
-        values["growth"] = None
     problems = [problem for text in overrides for problem in apply_override(values, text)]
     run = values.get("run")
     if isinstance(run, dict) and isinstance(run.get("dir"), str):

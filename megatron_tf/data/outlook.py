@@ -139,16 +139,12 @@ def _are_halves(validation: str, training: str) -> bool:
 
 def _sample_warnings(config: RunConfig) -> Iterator[str]:
     sources = [IndexedDataset(source.path) for source in config.data.validation]
-    available = sum(_num_samples(source, config) for source in sources)
+    available = [max(0, (source.num_tokens - 1) // config.model.seq_length) for source in sources]
     samples = config.evaluation.samples
-    if sources and (warning := evaluation_warning(samples, max(1, available))):
+    if sources and (warning := evaluation_warning(samples, max(1, sum(available)))):
         yield warning
     elif len(sources) > 1:
-        yield from _repeated(samples, config.data.validation, [_num_samples(source, config) for source in sources])
-
-
-def _num_samples(source: IndexedDataset, config: RunConfig) -> int:
-    return max(0, (source.num_tokens - 1) // config.model.seq_length)
+        yield from _repeated(samples, config.data.validation, available)
 
 
 def _repeated(samples: int, sources: Sequence[DataSource], available: Sequence[int]) -> Iterator[str]:

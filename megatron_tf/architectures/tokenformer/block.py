@@ -80,7 +80,7 @@ class SparseAttention(Attention):
     def join(self, heads: Tensor, losses: Reports | None = None, metrics: Reports | None = None) -> Tensor:
         if isinstance(self.proj, Pattention):
             return partial_outputs([self.proj], gathered(self.proj, heads))[0]
-        return _outputs([self.proj], gather_from(heads, self.tensor.group, -1), losses, metrics)[0]
+        return sparse_outputs([self.proj], gather_from(heads, self.tensor.group, -1), losses, metrics)[0]
 
 
 class TokenFormerBlock(Block):

@@ -61,8 +61,9 @@ def pipeline_problems(config: RunConfig, data_parallel: int) -> Iterator[str]:
         share = training.global_batch_size // data_parallel
         needs_multiple = parallel.virtual_stages > 1 or parallel.schedule == "zero_bubble"
         multiple = parallel.pipeline if needs_multiple else 1
-        counts = {size: share // size for size in divisors(share)}
-        sizes = [size for size, count in counts.items() if count >= parallel.pipeline and count % multiple == 0]
+        sizes = [
+            size for size in divisors(share) if share // size >= parallel.pipeline and share // size % multiple == 0
+        ]
         ways = [] if parallel.virtual_stages > 1 else ["it to gpipe"]
         if sizes:
             ways.append(f"training.micro_batch_size to {either(sizes[-3:])}")
