@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from abc import abstractmethod
 from collections.abc import Callable
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from megatron_tf.activations.function import ScoreFunction, accumulating
 from megatron_tf.parallel.collectives import begin_all_reduce
@@ -84,9 +86,9 @@ def begin_reduction(local: Tensor, group: Group) -> Callable[[], Tensor]:
 
 def inverse(r: Tensor, scale: float) -> Tensor:
     """τ/r; 0 where r is at most LEAST, and NaN where the sum of squares has overflowed, so that divergence is seen."""
-    return torch.where(r > LEAST, scale / r + (r - r), 0)
+    return torch.add(r - r, functional.threshold(r, LEAST, math.inf).reciprocal(), alpha=scale)
 
 
 def coupling(total: Tensor, r: Tensor) -> Tensor:
     """T/r², and 0 where r is at most LEAST."""
-    return torch.where(r > LEAST, total / r.square(), 0)
+    return total / functional.threshold(r, LEAST, math.inf).square()

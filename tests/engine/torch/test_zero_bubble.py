@@ -208,7 +208,7 @@ def test_the_plan_has_a_smaller_bubble_and_what_waits():
         (
             {"training": {"global_batch_size": 2}},
             "parallel.schedule: zero_bubble needs a micro batch for each of parallel.pipeline 2 stages, and a step has "
-            "1 of them. Set it to gpipe, or training.global_batch_size to 4.",
+            "1 of them. Set it to gpipe, or training.micro_batch_size to 1, or training.global_batch_size to 4.",
         ),
         (
             {"parallel": {"pipeline": 1}},
