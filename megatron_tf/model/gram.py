@@ -28,7 +28,10 @@ in flight. A compiled block computes them for each micro batch, because its grap
 Saved for backward are x, K, G and r. There xG is computed again, in one product for all projections.
 
 x G xᵀ loses digits where x lies near the null space of K: of r² only the rounding error of its largest terms remains.
-r is never smaller than that error, so that no row becomes large through a division by r.
+With ε the rounding of x's type, and r² as a share θ of that of an average direction of x, r is wrong by up to ε/θ in
+16 bits, because G and xG are rounded to them: measured in bf16, at most 0.8 ε/θ for spectra of K with condition numbers
+from 10 to 1,000. In a trained model θ was at least 0.56, and r as exact as that of rounded scores. r is never smaller
+than the error, so that no row becomes large through a division by r.
 """
 
 from __future__ import annotations
@@ -45,8 +48,9 @@ from megatron_tf.model.products import multiply
 from megatron_tf.parallel.collectives import all_reduce, copy_to, reduce_from
 from megatron_tf.parallel.groups import Group
 
-# As a share of r² for an average direction of x. Below it, more than three of fp32's seven digits may be lost.
-DOUBTFUL = 2.0**-10
+# Of r² as a share of that for an average direction of x. Below the first, more than three of fp32's seven digits may be
+# lost; below so many roundings of a type of 16 bits, more than 3 % of r.
+DOUBTFUL, DOUBTFUL_ROUNDINGS = 2.0**-10, 32
 NOISE = 8  # the least r², in rounding errors of its largest term
 
 
@@ -108,7 +112,8 @@ def norms(x: Tensor, matrices: Tensor) -> Tensor:
 def loses_digits(x: Tensor, matrices: Tensor, norms: Tensor) -> bool:
     """Whether r of some row is so small against ‖x‖‖K‖ that it has lost digits. Synchronises with a GPU."""
     average = _largest(x.detach(), matrices.detach()) / x.shape[-1]
-    return bool((norms.detach().square() < DOUBTFUL * average).any())
+    least = max(DOUBTFUL, DOUBTFUL_ROUNDINGS * torch.finfo(x.dtype).eps)
+    return bool((norms.detach().square() < least * average).any())
 
 
 class _Matrix(Function):
@@ -158,8 +163,9 @@ class _Norms(Function):
         columns = matrices.to(x.dtype).movedim(0, 1).flatten(1)
         products = multiply(x, columns).unflatten(-1, (matrices.shape[0], -1))
         squares = (products.to(matrices.dtype) * x[:, None]).sum(-1)
-        noise = NOISE * torch.finfo(matrices.dtype).eps * _largest(x, matrices)
-        norms = squares.maximum(noise).sqrt()
+        # of a type of 16 bits, roundings of single terms are not the largest error, but those of their sum
+        roundings = max(NOISE * torch.finfo(matrices.dtype).eps, torch.finfo(x.dtype).eps / x.shape[-1])
+        norms = squares.maximum(roundings * _largest(x, matrices)).sqrt()
         ctx.save_for_backward(x, matrices, norms)
         return norms
 
