@@ -308,4 +308,4 @@ def command(config: Path, ranks: int) -> list[str]:
     own = ["-m", "megatron_tf", "train", str(config)]
     if ranks == 1:
         return [sys.executable, *own]
-    return [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks), *own]
+    return [sys.executable, "-m", "megatron_tf.study.launch", "--standalone", "--nproc-per-node", str(ranks), *own]

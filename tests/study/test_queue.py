@@ -474,4 +474,4 @@ def test_time(study):
 def test_command(tmp_path):
     one, four = command(tmp_path, 1), command(tmp_path, 4)
     assert one[1:4] == ["-m", "megatron_tf", "train"]
-    assert four[1:6] == ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "4"]
+    assert four[1:6] == ["-m", "megatron_tf.study.launch", "--standalone", "--nproc-per-node", "4"]
