@@ -92,6 +92,7 @@ class _Source(_Record):
     bin_bytes: Count = 0
     idx_bytes: Count = 0
     ends_sha256: Text = ""
+    samples_sha256: Text = ""
 
 
 class _Fingerprint(_Record):

@@ -23,7 +23,7 @@ from megatron_tf.errors import DataError, file_errors
 from megatron_tf.open_files import too_many
 from megatron_tf.tasks.data import Batch
 
-# The places, from the first byte of a file to its last, that `content_digest` reads, and the bytes at each.
+# The places, from the first byte of a file to its last, that `_sampled` reads, and the bytes at each.
 DIGEST_SAMPLES = 16
 DIGEST_BYTES = 1 << 12
 NOT_COMPARED = " Where you know that both give the same tokens, data.tokenizer=null compares nothing."
@@ -146,8 +146,9 @@ def source_names(sources: Sequence[DataSource]) -> list[str]:
 def fingerprint(sources: Sequence[DataSource], seed: int) -> dict[str, Any]:
     """The facts that decide the order and content of the samples, as a JSON object. Costs O(1) for each source.
 
-    Of each source: name (without the folder, so that data may move), weight, bytes of both files, and a SHA-256 of the
-    first and last 64 KiB of its tokens, which tells files of equal size apart. Raises `DataError` for a missing file.
+    Of each source: name (without the folder, so that data may move), weight, bytes of both files, a SHA-256 of the
+    first and last 64 KiB of its tokens, and one of samples from both files, which tell files of equal size apart.
+    Checkpoints of before 2026-11-28 lack the last. Raises `DataError` for a missing file.
     """
     entries = []
     for source in sources:
@@ -162,6 +163,7 @@ def fingerprint(sources: Sequence[DataSource], seed: int) -> dict[str, Any]:
                     "bin_bytes": path.stat().st_size,
                     "idx_bytes": index_file(source.path).stat().st_size,
                     "ends_sha256": dataset.ends_digest(),
+                    "samples_sha256": _sampled(source.path).hexdigest(),
                 }
             )
     return {"seed": seed, "sources": entries}
@@ -172,7 +174,14 @@ def content_digest(prefix: str) -> str:
 
     It is equal on nodes with the same data, and differs on a node with a copy of earlier data. Raises `DataError`.
     """
-    dataset, summary = IndexedDataset(prefix), read_summary(prefix)
+    dataset, summary, digest = IndexedDataset(prefix), read_summary(prefix), _sampled(prefix)
+    if summary is not None:
+        digest.update(f"{summary.tokenizer_fingerprint}\0{summary.eod_id}\0{summary.bytes}".encode())
+    return f"{dataset.num_tokens:,} tokens in {dataset.num_documents:,} documents, SHA-256 {digest.hexdigest()[:12]}"
+
+
+def _sampled(prefix: str) -> hashlib._Hash:
+    """SHA-256 of the sizes of both files, and of DIGEST_SAMPLES places of each."""
     digest = hashlib.sha256()
     for path in (data_file(prefix), index_file(prefix)):
         with file_errors(DataError, path, "Make it readable or correct the path."), open(path, "rb") as file:
@@ -181,9 +190,7 @@ def content_digest(prefix: str) -> str:
             for number in range(DIGEST_SAMPLES):
                 file.seek(max(0, size - DIGEST_BYTES) * number // (DIGEST_SAMPLES - 1))
                 digest.update(file.read(DIGEST_BYTES))
-    if summary is not None:
-        digest.update(f"{summary.tokenizer_fingerprint}\0{summary.eod_id}\0{summary.bytes}".encode())
-    return f"{dataset.num_tokens:,} tokens in {dataset.num_documents:,} documents, SHA-256 {digest.hexdigest()[:12]}"
+    return digest
 
 
 class BatchLoader:

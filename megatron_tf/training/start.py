@@ -247,8 +247,7 @@ def begin(config: RunConfig, path: Path | None, data: Mapping[str, Any]) -> Star
         _check_data(config, index.data, data, path)
         trackers, note = _own_trackers(config, index) if own else ({}, "")
         how = "resumed from" if own else "branched off"
-        before, now = (shortened(_sources(of), 500) for of in (index.data, data))
-        other_data = index.data.get("sources") not in (None, data.get("sources"))
+        other_data = _changed_sources(index.data, data) if "sources" in index.data else None
         return Start(
             CheckpointSource(reader),
             f"{how} {path} at step {index.step:,}{note}",
@@ -258,7 +257,7 @@ def begin(config: RunConfig, path: Path | None, data: Mapping[str, Any]) -> Star
             trackers=trackers,
             run_state=index.run,
             resumed=True,
-            changes={"data.train (content)": [before, now]} if other_data else {},
+            changes={"data.train (content)": [shortened(words, 500) for words in other_data]} if other_data else {},
         )
     if config.growth is None:
         return _warm_start(config, path)
@@ -322,7 +321,7 @@ def _unproved(index: CheckpointIndex) -> tuple[CheckpointReader | None, str]:
 
 
 def _check_data(config: RunConfig, stored: Mapping[str, Any], data: Mapping[str, Any], path: Path) -> None:
-    if not stored or dict(stored) == dict(data) or config.checkpoint.allow_data_change:
+    if not stored or config.checkpoint.allow_data_change:
         return
     problems, remedies = [], []
     if stored.get("seed") != data.get("seed"):
@@ -331,19 +330,33 @@ def _check_data(config: RunConfig, stored: Mapping[str, Any], data: Mapping[str,
             f"now it is {data.get('seed')}"
         )
         remedies.append(f"set run.seed={stored.get('seed')}")
-    if stored.get("sources") != data.get("sources"):
-        problems.append(f"data.train: the checkpoint was trained on {_sources(stored)}; now it is {_sources(data)}")
+    if changed := _changed_sources(stored, data):
+        problems.append(f"data.train: the checkpoint was trained on {changed[0]}; now it is {changed[1]}")
         remedies.append("restore the data")
+    if not problems:
+        return
     raise CheckpointError(
         f"{path}: the sample order would not continue.{bullets(problems)}\n"
         f"To go on as before, {' and '.join(remedies)}; to go on all the same, set checkpoint.allow_data_change=true."
     )
 
 
-def _sources(data: Mapping[str, Any]) -> str:
-    """The sources of a fingerprint as text, with digests, which tell files of different content apart."""
-    return ", ".join(
-        f"{source.get('name')} ({source.get('tokens', 0):,} tokens, weight {source.get('weight', 1):g}, "
-        f"{str(source.get('ends_sha256'))[:8]})"
-        for source in data.get("sources", ())
-    )
+def _changed_sources(stored: Mapping[str, Any], data: Mapping[str, Any]) -> tuple[str, str] | None:
+    """The sources of two fingerprints as text, or None where they are equal in all that both know of them.
+
+    The text has digests, which tell files of different content apart. Older checkpoints have fewer fields.
+    """
+    then, now = stored.get("sources", ()), data.get("sources", ())
+    known = [{key: value for key, value in source.items() if key in old} for old, source in zip(then, now)]
+    if len(then) == len(now) and all(dict(old) == source for old, source in zip(then, known)):
+        return None
+    digest = "samples_sha256" if all("samples_sha256" in source for source in then) else "ends_sha256"
+
+    def words(sources: Sequence[Mapping[str, Any]]) -> str:
+        return ", ".join(
+            f"{source.get('name')} ({source.get('tokens', 0):,} tokens, weight {source.get('weight', 1):g}, "
+            f"{str(source.get(digest))[:8]})"
+            for source in sources
+        )
+
+    return words(then), words(now)

@@ -182,6 +182,18 @@ def test_files_that_cannot_be_opened(tmp_path, suffix, monkeypatch):
             use()
 
 
+def test_sources_of_one_size_and_equal_ends_are_told_apart(tmp_path):
+    """By the samples that their fingerprints hold."""
+    entries = []
+    for name, middle in (("first", 1), ("second", 2)):
+        tokens = np.zeros(200_000)
+        tokens[80_000:120_000] = middle
+        with IndexedWriter(tmp_path / name / "text", 60_000) as writer:
+            writer.add_document(tokens)
+        entries += fingerprint([DataSource(path=str(tmp_path / name / "text"), weight=1.0)], 1)["sources"]
+    assert {key for key in entries[0] if entries[0][key] != entries[1][key]} == {"samples_sha256"}
+
+
 def test_an_index_of_other_programs_is_looked_at_whole(tmp_path):
     """It may list some documents of a .bin that others share; a summary of ours says who wrote the files."""
     source = make_source(tmp_path / "a", 400)

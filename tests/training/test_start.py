@@ -9,7 +9,7 @@ import torch.distributed as dist
 from saving import saver_of
 
 from megatron_tf.costs.estimate import flops_per_token
-from megatron_tf.errors import ConfigError, UnreadableError
+from megatron_tf.errors import CheckpointError, ConfigError, UnreadableError
 from megatron_tf.training.start import Progress, Start, begin, choose
 
 
@@ -111,6 +111,36 @@ def saved(config, tmp_path):
     saver.save(Progress(3, 24, 384), {})
     dist.destroy_process_group()
     return config(run={"dir": str(tmp_path / "run")}), tmp_path / "run" / "checkpoints" / "step_00000003"
+
+
+def data_of(**changes):
+    source = {"name": "text", "weight": 1.0, "tokens": 9, "bin_bytes": 18, "idx_bytes": 54, "ends_sha256": "a" * 64}
+    return {"seed": 1, "sources": [{**source, **changes}]}
+
+
+@pytest.mark.parametrize(
+    ("stored", "now"),
+    [
+        (data_of(), data_of(samples_sha256="b" * 64)),  # of a checkpoint of before samples were kept
+        (data_of(samples_sha256="b" * 64), data_of(samples_sha256="b" * 64)),
+        (data_of(samples_sha256="b" * 64), data_of(samples_sha256="c" * 64)),
+    ],
+)
+def test_data_are_compared_by_all_that_a_checkpoint_knows(config, tmp_path, stored, now):
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    saver, *_ = saver_of(config, tmp_path / "run", asynchronous=False)
+    saver._data = stored
+    saver.save(Progress(3, 24, 384), {})
+    dist.destroy_process_group()
+    run = config(run={"dir": str(tmp_path / "run")})
+    path, _ = choose(run)
+    if "samples_sha256" not in stored["sources"][0] or stored == now:
+        assert begin(run, path, now).changes == {}
+        return
+    with pytest.raises(CheckpointError, match=r"trained on text \(9 tokens, weight 1, bbbbbbbb\); now .*cccccccc"):
+        begin(run, path, now)
+    allowing = config(run={"dir": str(tmp_path / "run")}, checkpoint={"allow_data_change": True})
+    assert "data.train (content)" in begin(allowing, path, now).changes
 
 
 @pytest.mark.parametrize("linked", ["step_00000003", "checkpoints", "."])
