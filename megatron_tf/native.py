@@ -30,3 +30,8 @@ def processor() -> dict[str, str]:
         return {}
     lines = [line.partition(":") for line in first.splitlines()]
     return {name.strip(): value.strip() for name, _, value in lines}
+
+
+def is_amd() -> bool:
+    """Whether Linux says that the processor is AMD's."""
+    return processor().get("vendor_id") == "AuthenticAMD"

@@ -22,7 +22,6 @@ together. As one matrix a bank has the singular vectors of all its candidates mi
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
@@ -94,16 +93,16 @@ class Muon(AdamW, MatrixRule):
         a, b, c = COEFFICIENTS
         if matrices.shape[1] > matrices.shape[2]:
             return self.update_whole(matrices.mT, add_products).mT
-        x = matrices.contiguous()
+        x, least = matrices.contiguous(), torch.finfo(matrices.dtype).tiny
         # First by the largest number: the momentum of candidates without use gets so small that its squares are 0.
-        for order in (math.inf, 2):
-            norm = torch.linalg.vector_norm(x, order, dim=(1, 2), keepdim=True)
-            x = x / norm.clamp_min(torch.finfo(x.dtype).tiny)
+        x = x / x.abs().amax(dim=(1, 2), keepdim=True).clamp_min(least)
+        x = x / torch.linalg.vector_norm(x, dim=(1, 2), keepdim=True).clamp_min(least)
+        square = x.new_empty(*x.shape[:2], x.shape[1])
+        polynomial, other = torch.empty_like(square), torch.empty_like(x)
         for _ in range(ITERATIONS):
-            square = x.new_empty(*x.shape[:2], x.shape[1])
             add_products(square, x, x.mT, beta=0, symmetric=True)
-            polynomial = add_products(square.clone(), square, square, alpha=c, beta=b, symmetric=True)
-            x = add_products(x.clone(), polynomial, x, beta=a)
+            add_products(square, square, square, alpha=c, beta=b, symmetric=True, out=polynomial)
+            x, other = add_products(x, polynomial, x, beta=a, out=other), x
         return x
 
     def size(self, shape: Sequence[int]) -> float:

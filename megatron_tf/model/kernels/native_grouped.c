@@ -126,8 +126,8 @@ static inline __attribute__((always_inline)) void swap_blocks(vector *v, indices
     }
 }
 
-/* LANES x LANES numbers, their rows `stride` apart, into rows COLUMNS apart. */
-static inline void transpose(const float *from, long stride, float *to) {
+/* LANES x LANES numbers, their rows `stride` apart, into rows `to_stride` apart. */
+static inline void transpose(const float *from, long stride, float *to, long to_stride) {
     vector v[LANES];
     indices lane;
     for (int i = 0; i < LANES; i++) lane[i] = i;
@@ -138,12 +138,12 @@ static inline void transpose(const float *from, long stride, float *to) {
 #if LANES == 16
     swap_blocks(v, lane, 8);
 #endif
-    UNROLLED for (int i = 0; i < LANES; i++) *(loose *)(to + i * COLUMNS) = v[i];
+    UNROLLED for (int i = 0; i < LANES; i++) *(loose *)(to + i * to_stride) = v[i];
 }
 #else
-static inline void transpose(const float *from, long stride, float *to) {
+static inline void transpose(const float *from, long stride, float *to, long to_stride) {
     for (int k = 0; k < LANES; k++)
-        for (int i = 0; i < LANES; i++) to[k * COLUMNS + i] = from[i * stride + k];
+        for (int i = 0; i < LANES; i++) to[k * to_stride + i] = from[i * stride + k];
 }
 #endif
 
@@ -152,7 +152,7 @@ static void pack_tokens(const float *tokens, long count, long width, float *to) 
     long whole = count < COLUMNS ? 0 : width / LANES * LANES;
     for (long i = 0; i < COLUMNS; i += LANES)
         for (long start = 0; start < whole; start += LANES)
-            transpose(tokens + i * width + start, width, to + start * COLUMNS + i);
+            transpose(tokens + i * width + start, width, to + start * COLUMNS + i, COLUMNS);
     for (long k = whole; k < width; k++)
         for (long i = 0; i < COLUMNS; i++) to[k * COLUMNS + i] = i < count ? tokens[i * width + k] : 0.0f;
 }
@@ -289,52 +289,75 @@ void gradients(const float *scores, long scores_stride, const int32_t *rows, con
                                           x_stride, out + g * n * width, n, width, packed, threads);
 }
 
-/* c = alpha times a tile of rows a[i] [depth] + beta c, for its first `rows` and `columns`. */
-static void add_tile(const float *const *a, const float *b, long depth, float *c, long stride, int rows, int columns,
-                     float alpha, float beta) {
-    float sums[ROWS][COLUMNS], *places[ROWS];
-    for (int i = 0; i < ROWS; i++) places[i] = sums[i];
-    tile_of_rows(a, b, depth, places, ROWS, COLUMNS, 0);
+/* c = alpha times the sum of a tile of rows a[i] [depth] and beta times one of `from`, for its first `rows` and
+   `columns`. Of two scaled terms a compiler would round one or the other first, and symmetric places differently. */
+static void add_tile(const float *const *a, const float *b, long depth, const float *from, float *c, long stride,
+                     int rows, int columns, float alpha, float beta) {
+    vector sum[ROWS][2] = {0};
+    const float *own[ROWS];
+    for (int i = 0; i < ROWS; i++) {
+        own[i] = a[i];
+        __builtin_prefetch(c + least(i, rows - 1) * stride, 1);
+    }
+    STEPS(own[i][k])
+    if (columns == COLUMNS) {
+        UNROLLED for (int i = 0; i < ROWS; i++) {
+            if (i < rows) {
+                for (int part = 0; part < 2; part++) {
+                    long place = i * stride + part * LANES;
+                    if (beta) sum[i][part] += beta * *(const loose *)(from + place);
+                    *(loose *)(c + place) = alpha * sum[i][part];
+                }
+            }
+        }
+        return;
+    }
+    float all[ROWS][COLUMNS];
+    memcpy(all, sum, sizeof all);
     for (int i = 0; i < rows; i++)
         for (int j = 0; j < columns; j++)
-            c[i * stride + j] = alpha * sums[i][j] + (beta ? beta * c[i * stride + j] : 0.0f);
+            c[i * stride + j] = alpha * (beta ? all[i][j] + beta * from[i * stride + j] : all[i][j]);
 }
 
 /* Whether a tile lies below the diagonal, so that symmetry gives it. */
 static inline int is_below(long first, long panel) { return first >= (panel + 1) * COLUMNS; }
 
-/* total[s] = alpha left[s] right[s] + beta total[s] for s < stack; left [n, depth], right [depth, width], or, if it is
-   transposed, [width, depth]. A beta of 0 ignores what total was. With `symmetric` half of the product is made: the
-   result is symmetric, and so is what total was, unless beta is 0. `packed` has memory for each thread. */
-void add_products(float *total, const float *left, const float *right, long stack, long n, long depth, long width,
+/* Makes a matrix c [n, n] symmetric whose tiles below the diagonal are not known. */
+static void mirror(float *c, long n) {
+    long whole = n / LANES * LANES;
+    for (long i = 0; i < whole; i += LANES)
+        for (long j = 0; j < i; j += LANES) transpose(c + j * n + i, n, c + i * n + j, n);
+    for (long i = whole; i < n; i++)
+        for (long j = 0; j < i; j++) c[i * n + j] = c[j * n + i];
+}
+
+/* out[s] = alpha left[s] right[s] + beta total[s] for s < stack; left [n, depth], right [depth, width], or, if it is
+   transposed, [width, depth]. Out may be total. A beta of 0 ignores total. With `symmetric` half of the product is
+   made: the result is symmetric, and so is total, unless beta is 0. `packed` has memory for each thread. */
+void add_products(float *out, const float *total, const float *left, const float *right, long stack, long n, long depth, long width,
                   int transposed, int symmetric, float alpha, float beta, float *packed, int threads) {
-    long panels = blocks(width, COLUMNS), own_room = panels * COLUMNS * depth;
+    long panels = blocks(width, COLUMNS);
 #pragma omp parallel for num_threads(threads)
     for (long s = 0; s < stack; s++) {
         const float *x = left + s * n * depth, *y = right + s * depth * width;
-        float *c = total + s * n * width, *own = packed;
+        const float *from = total + s * n * width;
+        float *c = out + s * n * width, *own = packed;
 #ifdef _OPENMP
-        own += omp_get_thread_num() * own_room;
+        own += omp_get_thread_num() * COLUMNS * depth;
 #endif
         for (long panel = 0; panel < panels; panel++) {
             long start = panel * COLUMNS, count = least(COLUMNS, width - start);
-            float *to = own + panel * depth * COLUMNS;
             if (transposed)
-                pack_tokens(y + start * depth, count, depth, to);
+                pack_tokens(y + start * depth, count, depth, own);
             else
-                for (long k = 0; k < depth; k++) pack_line(y + k * width + start, count, to + k * COLUMNS);
+                for (long k = 0; k < depth; k++) pack_line(y + k * width + start, count, own + k * COLUMNS);
+            for (long first = 0; first < n && (!symmetric || !is_below(first, panel)); first += ROWS) {
+                const float *a[ROWS];
+                for (int i = 0; i < ROWS; i++) a[i] = x + least(first + i, n - 1) * depth;
+                add_tile(a, own, depth, from + first * width + start, c + first * width + start, width,
+                         least(ROWS, n - first), count, alpha, beta / alpha);
+            }
         }
-        for (long first = 0; first < n; first += ROWS) {
-            const float *a[ROWS];
-            for (int i = 0; i < ROWS; i++) a[i] = x + least(first + i, n - 1) * depth;
-            for (long panel = 0; panel < panels; panel++)
-                if (!symmetric || !is_below(first, panel))
-                    add_tile(a, own + panel * depth * COLUMNS, depth, c + first * width + panel * COLUMNS, width,
-                             least(ROWS, n - first), least(COLUMNS, width - panel * COLUMNS), alpha, beta);
-        }
-        for (long first = 0; symmetric && first < n; first += ROWS)
-            for (long panel = 0; panel < panels && is_below(first, panel); panel++)
-                for (long j = panel * COLUMNS; j < (panel + 1) * COLUMNS; j++)
-                    for (long i = first; i < least(first + ROWS, n); i++) c[i * width + j] = c[j * width + i];
+        if (symmetric) mirror(c, n);
     }
 }

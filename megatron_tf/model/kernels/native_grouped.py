@@ -74,9 +74,16 @@ def gradients(scores: Tensor, rows: Rows, x: Tensor, out: Tensor) -> None:
 
 
 def add_products(
-    total: Tensor, left: Tensor, right: Tensor, *, alpha: float = 1.0, beta: float = 1.0, symmetric: bool = False
+    total: Tensor,
+    left: Tensor,
+    right: Tensor,
+    *,
+    out: Tensor,
+    alpha: float = 1.0,
+    beta: float = 1.0,
+    symmetric: bool = False,
 ) -> None:
-    """total [m, n, d] = alpha · left [m, n, k] · right [m, k, d] + beta · total.
+    """out [m, n, d] = alpha · left [m, n, k] · right [m, k, d] + beta · total.
 
     As `products.add_products`. `right` may be a transposed tensor. Of a symmetric result half is computed.
     """
@@ -86,11 +93,15 @@ def add_products(
     given = right.mT if transposed else right
     (stack, n, depth), width = left.shape, right.shape[-1]
     threads = max(1, min(stack, torch.get_num_threads()))
-    assert right.shape == (stack, depth, width) and total.shape == (stack, n, width) and (n == width or not symmetric)
-    for tensor in (total, left, given):
+    assert (
+        right.shape == (stack, depth, width)
+        and total.shape == out.shape == (stack, n, width)
+        and (n == width or not symmetric)
+    )
+    for tensor in (out, total, left, given):
         assert tensor.is_contiguous() and tensor.dtype == torch.float32
-    packed = _room(threads * library.room(width, depth))
-    pointers = total.data_ptr(), left.data_ptr(), given.data_ptr()
+    packed = _room(threads * library.room(1, depth))
+    pointers = out.data_ptr(), total.data_ptr(), left.data_ptr(), given.data_ptr()
     library.add_products(*pointers, stack, n, depth, width, transposed, symmetric, alpha, beta, packed, threads)
 
 
@@ -146,7 +157,7 @@ def _library() -> ctypes.CDLL | None:
         function.argtypes = (*matrix, *rows, *tokens, *matrix, address, threads)
     library.gradients.argtypes = (*matrix, *rows, *matrix, *tokens, address, threads)
     flags = ctypes.c_int, ctypes.c_int
-    library.add_products.argtypes = (*[address] * 3, *[number] * 4, *flags, factor, factor, address, threads)
+    library.add_products.argtypes = (*[address] * 4, *[number] * 4, *flags, factor, factor, address, threads)
     library.room.argtypes = (number, number)
     library.room.restype = library.vector_lanes.restype = number
     return library if library.vector_lanes() else None

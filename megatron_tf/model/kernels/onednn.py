@@ -11,7 +11,7 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from megatron_tf.native import kernels_wanted, processor
+from megatron_tf.native import is_amd, kernels_wanted
 
 # Of one product. The call takes about 10 µs longer than PyTorch's.
 LEAST_MULTIPLICATIONS = 2**21
@@ -54,4 +54,4 @@ def mkl_is_slow() -> bool:
     """Whether this processor is one of those above."""
     exists = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
     wide = torch.backends.cpu.get_cpu_capability() == "AVX512"
-    return exists and wide and processor().get("vendor_id") == "AuthenticAMD"
+    return exists and wide and is_amd()

@@ -5,6 +5,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from megatron_tf import native
 from megatron_tf.config.activations import ACTIVATIONS
 from megatron_tf.model import products
 from megatron_tf.model.kernels import onednn
@@ -103,6 +104,6 @@ def test_no_gradient_is_lost_in_silence():
 @pytest.mark.parametrize("vendor, expected", [("AuthenticAMD", True), ("GenuineIntel", False), (None, False)])
 @pytest.mark.parametrize("capability", ["AVX512", "AVX2"])
 def test_processors(monkeypatch, vendor, expected, capability):
-    monkeypatch.setattr(onednn, "processor", lambda: {"vendor_id": vendor} if vendor else {})
+    monkeypatch.setattr(native, "processor", lambda: {"vendor_id": vendor} if vendor else {})
     monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
     assert onednn.mkl_is_slow.__wrapped__() == (expected and capability == "AVX512")
