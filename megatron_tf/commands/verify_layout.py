@@ -49,7 +49,7 @@ def main() -> None:
     parser.add_argument("--steps", type=count, default=20, help="optimizer steps (default 20)")
     parser.add_argument("--tolerance", type=tolerance, help="largest relative error; default: what rounding explains")
     arguments = parser.parse_intermixed_args()
-    from megatron_tf.engine.device import accelerator_problems
+    from megatron_tf.engine.device import accelerator_problems, engine_problems
     from megatron_tf.training.preflight import memory_problems, physical_memory
     from megatron_tf.verification.layout import Layout, layouts, run_layouts
     from megatron_tf.verification.rounding import equal_limits, exact_and_limits, judge
@@ -66,7 +66,7 @@ def main() -> None:
     else:
         validate(config, ranks)
         chosen = [Layout(topology_for(config, ranks), config.parallel.sequence)]
-    problems = list(accelerator_problems(os.environ))
+    problems = [*accelerator_problems(os.environ), *engine_problems(config)]
     problems += [
         f"{problem} Half of the machine's memory is counted, because the check trains in fp64 as well."
         for problem in memory_problems(Layout(Topology()).apply(config), 1, physical_memory() // 2)

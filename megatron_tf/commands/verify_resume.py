@@ -45,13 +45,22 @@ def main() -> None:
     if not 0 <= arguments.tolerance < math.inf:
         raise ConfigError(f"--tolerance: is {arguments.tolerance}, must be a number of 0 or more, such as 1e-5.")
     config = load_config(arguments.config, ["training.precision=fp32", *arguments.overrides])
+    from megatron_tf.engine.device import engine_problems
     from megatron_tf.verification.layout import Layout
-    from megatron_tf.verification.resume import ENGINES, check_resumes, rotation, settings
+    from megatron_tf.verification.resume import ENGINES, Setting, check_resumes, rotation, settings
 
     engines = ENGINES if arguments.engines == "both" else (arguments.engines,)
+    alone = Layout(Topology(1, 1, 1))
+    missing = [
+        problem
+        for engine in engines
+        for problem in engine_problems(Setting(alone, engine=engine).apply(config), "--engines")
+    ]
+    if missing:
+        raise ConfigError(missing)
     found = settings(config, arguments.ranks, engines)
     if not found:
-        validate(Layout(Topology(1, 1, 1)).apply(config), 1)  # raises if the model itself is invalid
+        validate(alone.apply(config), 1)  # raises if the model itself is invalid
         raise ConfigError(f"no layout of 1 to {arguments.ranks} ranks fits this model and batch.")
     pairs = list(product(found, found)) if arguments.all else rotation(found)
     print(f"{len(found)} layouts, {len(pairs)} changes of layout", flush=True)

@@ -25,12 +25,12 @@ def accelerator_problems(environ: Mapping[str, str]) -> Iterator[str]:
         yield f"DS_ACCELERATOR={name}, but PyTorch's device here is {device}. Unset it, or {remedy}."
 
 
-def engine_problems(config: RunConfig) -> Iterator[str]:
-    """A problem when the engine is not installed."""
+def engine_problems(config: RunConfig, key: str = "parallel.engine") -> Iterator[str]:
+    """A problem when the engine, which `key` chooses, is not installed."""
     if config.parallel.engine == "deepspeed" and find_spec("deepspeed") is None:
         version = wanted_versions("deepspeed")
         yield (
-            "parallel.engine: deepspeed is not installed here. Set it to torch, or `pip install setuptools wheel ninja "
+            f"{key}: deepspeed is not installed here. Set it to torch, or `pip install setuptools wheel ninja "
             f"&& pip install --no-build-isolation deepspeed{version}`."
         )
 

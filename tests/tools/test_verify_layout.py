@@ -99,6 +99,12 @@ def test_no_file_at_all(monkeypatch, capsys):
     assert refusal(monkeypatch, capsys).endswith("required: config\n")
 
 
+def test_an_engine_that_is_not_installed(config, monkeypatch, capsys):
+    monkeypatch.setattr("megatron_tf.engine.device.find_spec", lambda name: None)
+    said = refusal(monkeypatch, capsys, config, "parallel.engine=deepspeed")
+    assert "parallel.engine: deepspeed is not installed here. Set it to torch" in said
+
+
 def test_accelerator_that_does_not_exist(config, monkeypatch, capsys):
     monkeypatch.setenv("DS_ACCELERATOR", "gpu")
     assert "DS_ACCELERATOR=gpu, but PyTorch's device here is" in refusal(monkeypatch, capsys, config)

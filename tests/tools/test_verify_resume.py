@@ -5,6 +5,9 @@ import sys
 import pytest
 from launching import PROJECT, run
 
+from megatron_tf.commands import verify_resume
+from megatron_tf.errors import ConfigError
+
 TOOL = PROJECT / "tools" / "verify_resume.py"
 SMALL = ("model.seq_length=16", "model.hidden_size=32", "model.vocab_size=99", "model.num_layers=2",
          "model.parameter_tokens={qkv: 13, proj: 11, ffn: 37}")  # fmt: skip
@@ -18,6 +21,14 @@ def test_one_rank(here):
     assert done.returncode == 0, done.stdout
     assert "3 layouts, 3 changes of layout" in done.stdout
     assert "3 changes: 3 bit-equal, worst loss" in done.stdout
+
+
+@pytest.mark.parametrize("engines", ["both", "deepspeed"])
+def test_an_engine_that_is_not_installed(engines, monkeypatch):
+    monkeypatch.setattr("megatron_tf.engine.device.find_spec", lambda name: None)
+    monkeypatch.setattr("sys.argv", ["verify_resume", str(TINY), *SMALL, "--engines", engines])
+    with pytest.raises(ConfigError, match="--engines: deepspeed is not installed here. Set it to torch, or"):
+        verify_resume.main()
 
 
 @pytest.mark.parametrize(
