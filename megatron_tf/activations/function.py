@@ -4,7 +4,8 @@
 
 Sharded over the tokens, A holds this rank's columns: r is reduced over the group, T is summed over it, and everything
 else is local. r and T are one number a row. D and then dA overwrite dS, so the backward needs no memory beyond dS and
-S. Where the formula divides by r, a row with r = 0 has S = 0 and dA = 0, never NaN.
+S. Where the formula divides by r, a row of zeros, or of numbers whose squares are lost, has S = 0 and dA = 0, and one
+whose squares overflow has NaN.
 """
 
 from __future__ import annotations

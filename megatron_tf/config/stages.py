@@ -72,7 +72,8 @@ def load_stages(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> 
             }
         try:
             shared, texts = values, common
-            if not configs and "growth" not in stage:  # settings of all growths are for the stages that grow
+            named = any(text.startswith(("growth.", "growth=")) for text in own[stage["name"]])
+            if not (configs or named or "growth" in stage):  # settings of all growths are for the stages that grow
                 shared = {**values, "growth": None}
                 texts = [text for text in common if not text.startswith(("growth.", "growth="))]
             overridden = [*texts, *own[stage["name"]]]

@@ -247,6 +247,8 @@ def _samples_before(configs: Sequence[RunConfig], number: int, world_size: int) 
         for config, after in zip(configs[:number], configs[1:]):
             batches = plan_batches(config, world_size)
             samples += (batches.train_steps - left_out_steps(config, after)) * batches.global_batch_size
+            if (config.run.seed, config.data.train) != (after.run.seed, after.data.train):
+                samples = 0
     except ConfigError:
         return 0
     return samples

@@ -140,23 +140,27 @@ def _are_halves(validation: str, training: str) -> bool:
 def _sample_warnings(config: RunConfig) -> Iterator[str]:
     sources = [IndexedDataset(source.path) for source in config.data.validation]
     available = [max(0, (source.num_tokens - 1) // config.model.seq_length) for source in sources]
-    samples = config.evaluation.samples
+    samples, batch = config.evaluation.samples, config.training.global_batch_size
     if sources and (warning := evaluation_warning(samples, max(1, sum(available)))):
         yield warning
     elif len(sources) > 1:
-        yield from _repeated(samples, config.data.validation, available)
+        yield from _repeated(samples, batch, config.data.validation, available)
 
 
-def _repeated(samples: int, sources: Sequence[DataSource], available: Sequence[int]) -> Iterator[str]:
-    """A warning when an evaluation, which is dealt by weight, begins a source again. `available`: samples of each."""
+def _repeated(samples: int, batch: int, sources: Sequence[DataSource], available: Sequence[int]) -> Iterator[str]:
+    """A warning when an evaluation, which is dealt by weight and in whole batches, begins a source again. `available`:
+    samples of each."""
     weight = sum(source.weight for source in sources)
     lengths = [int(count * weight / source.weight) for source, count in zip(sources, available)]
     first = min(range(len(sources)), key=lengths.__getitem__)
-    if samples > lengths[first]:
+    if (taken := -(-samples // batch) * batch) > lengths[first]:
+        whole = lengths[first] // batch * batch
+        least = max(1, lengths[first])
+        remedy = f"it to at most {whole}" if whole else f"training.global_batch_size to at most {least}"
         yield (
-            f"evaluation.samples: {samples:,}, but by the weights of data.validation all of {sources[first].path}, "
-            f"{count_of(available[first], 'sample')}, is read once after {lengths[first]:,}: more of it counts again. "
-            f"Set it to at most {max(1, lengths[first])}, or the weights by the sizes."
+            f"evaluation.samples: {samples:,}, which are {taken:,} in whole batches of {batch:,}, but by the weights "
+            f"of data.validation all of {sources[first].path}, {count_of(available[first], 'sample')}, is read once "
+            f"after {lengths[first]:,}: more of it counts again. Set {remedy}, or the weights by the sizes."
         )
 
 

@@ -210,7 +210,8 @@ class SegmentedEngine(ABC):
         """CheckpointError, on every rank, with the tensor and the ranks, when copies of one tensor differ.
 
         It compares tensors that several ranks hold: the final norm over the tensor ranks, the tied weight of the first
-        and the last stage, and all weights over data-parallel ranks. All ranks must call it.
+        and the last stage, and all weights over data-parallel ranks where an engine keeps them whole. Reads these
+        tensors into main memory, one at a time. All ranks must call it.
         """
         own = {
             f"{fragment.spec.name} from row {fragment.start // fragment.spec.width}": _digest(_elements(fragment))

@@ -250,9 +250,10 @@ def _with_bytes(
     dataset: IndexedDataset,
     score: Score,
 ) -> DataResult:
-    if documents.loss_mask is not None and documents.loss_mask.eod_id is not None:
-        # The loss leaves out the first token of each document, whose bytes cannot be left out.
-        return DataResult(dataset.prefix, score, "not known: data.mask_eod_loss leaves tokens out")
+    if (mask := documents.loss_mask) is not None:
+        # The loss leaves out the first token of each document, or after padding, whose bytes cannot be left out.
+        key = "data.pad_id" if mask.eod_id is None else "data.mask_eod_loss"
+        return DataResult(dataset.prefix, score, f"not known: {key} leaves tokens out")
     summary = read_summary(dataset.prefix)
     text_bytes, known_from = count_text_bytes(dataset, _num_tokens(dataset, request), summary, tokenizer)
     return DataResult(dataset.prefix, replace(score, text_bytes=text_bytes), known_from)

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from megatron_tf.checkpoint.architecture import optimizer_problem, stored_model
+from megatron_tf.checkpoint.fingerprint import same_data
 from megatron_tf.checkpoint.format import CheckpointIndex
 from megatron_tf.checkpoint.reader import CheckpointReader
 from megatron_tf.checkpoint.source import CheckpointSource
@@ -55,8 +56,8 @@ def grow(
         new_model=model,
     )
     entry |= {**source.record, "noise": growth.noise, "preserves": source.preserves}
-    same_data = data is None or dict(index.data) == dict(data)
-    samples, states = index.samples if same_data else 0, OPTIMIZERS[optimizer].state_names
+    goes_on = data is None or same_data(index.data, data)
+    samples, states = index.samples if goes_on else 0, OPTIMIZERS[optimizer].state_names
     return StepZero(source, samples, index.tokens, (*index.growth_history, entry), states)
 
 

@@ -111,8 +111,11 @@ def norms(x: Tensor, matrices: Tensor) -> Tensor:
 
 def loses_digits(x: Tensor, matrices: Tensor, norms: Tensor) -> bool:
     """Whether r of some row is so small against ‖x‖‖K‖ that it has lost digits. Synchronises with a GPU."""
-    average = _largest(x.detach(), matrices.detach()) / x.shape[-1]
-    least = max(DOUBTFUL, DOUBTFUL_ROUNDINGS * torch.finfo(x.dtype).eps)
+    width = x.shape[-1]
+    average = _largest(x.detach(), matrices.detach()) / width
+    # `norms` are no smaller than their noise, which for a large width is above the other two
+    noise = 2 * NOISE * torch.finfo(matrices.dtype).eps * width
+    least = max(DOUBTFUL, DOUBTFUL_ROUNDINGS * torch.finfo(x.dtype).eps, noise)
     return bool((norms.detach().square() < least * average).any())
 
 
@@ -173,7 +176,7 @@ class _Norms(Function):
     @once_differentiable
     def backward(ctx, gradient):
         x, matrices, norms = ctx.saved_tensors
-        weights = torch.where(norms > 0, gradient / norms, 0).to(x.dtype)
+        weights = torch.where(norms == 0, 0, gradient / norms).to(x.dtype)
         weighted = (weights[..., None] * x[:, None]).flatten(1)  # [rows, projections · d]
         d_x = multiply(weighted, matrices.to(x.dtype).flatten(0, 1))
         d_matrices = multiply(x.mT, weighted).unflatten(-1, (matrices.shape[0], -1)).movedim(1, 0)

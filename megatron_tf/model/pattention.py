@@ -214,7 +214,7 @@ class _Pattention(Function):
         ]
         if layer.normed:
             norms = torch.cat(statistics, -1)
-            gradients.append(torch.where(norms > 0, -torch.cat(totals, -1) / norms, 0))
+            gradients.append(torch.where(norms == 0, 0, -torch.cat(totals, -1) / norms))
         return None, None, None, None, None, None, None, *gradients
 
 

@@ -95,7 +95,10 @@ def add_products(
     out = total if out is None else out
     # The native products divide a stack over threads, not a matrix. On Intel's processors nobody has timed them.
     enough = left.shape[1] >= LEAST_ROWS_OF_STACKS and 2 * len(left) >= torch.get_num_threads()
-    if enough and is_amd() and native_grouped.usable(right):
+    whole = all(each.is_contiguous() for each in (out, total, left)) and (
+        right.is_contiguous() or right.mT.is_contiguous()
+    )
+    if alpha and enough and whole and is_amd() and native_grouped.usable(right):
         native_grouped.add_products(total, left, right, out=out, alpha=alpha, beta=beta, symmetric=symmetric)
         return out
     return torch.baddbmm(total, left, right, beta=beta, alpha=alpha, out=out)

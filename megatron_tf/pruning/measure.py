@@ -26,10 +26,12 @@ from megatron_tf.config.nearest import either
 from megatron_tf.config.sections.data import DataSource
 from megatron_tf.config.sections.model import Model, ParameterTokens
 from megatron_tf.data.documents import Boundaries, find_boundaries
+from megatron_tf.data.indexed import IndexedDataset
 from megatron_tf.data.loader import BatchLoader, build_dataset, check_tokenizer
+from megatron_tf.data.summary import read_summary, summary_file
 from megatron_tf.errors import CheckpointError, DataError, UserError
 from megatron_tf.growth.source import PRUNED, growth_entry
-from megatron_tf.inference.load import run_config
+from megatron_tf.inference.load import file_of_run, run_config
 from megatron_tf.model.attention import document_starts
 from megatron_tf.model.observing import observed
 from megatron_tf.model.projection import Pattention
@@ -93,23 +95,37 @@ def check_run_tokenizer(checkpoint: Path, prefix: str) -> bool:
 
 
 def boundaries_of_run(checkpoint: Path, prefix: str) -> Boundaries:
-    """The boundaries of documents that the run of the checkpoint has been trained with, in the data `prefix`.
+    """The boundaries of documents that the run of the checkpoint has been trained with, in the data `prefix`; none
+    without the run's config.yml.
 
-    None without the run's config.yml. DataError when the token that ends a document is not known.
+    The token that ends a document is data.eod_id there, or what the summary of `prefix` says, or else that of the run's
+    training data. DataError when it is not known, or the data are missing.
     """
+    IndexedDataset(prefix)
     config = run_config(checkpoint)
     if config is None:
-        return Boundaries()
+        return NO_BOUNDARIES
+    data = config.data
+    if data.eod_id is None and read_summary(prefix) is None:
+        summaries = (read_summary(source.path) for source in data.train)
+        known = next((summary.eod_id for summary in summaries if summary is not None), None)
+        if known is None and (data.reset_at_eod or data.mask_eod_loss):
+            raise DataError(
+                f"{prefix}: the run of {checkpoint} has learnt documents apart, and which token ends them is not "
+                f"known: there is no {summary_file(prefix)}, and none with the run's training data. Set data.eod_id in "
+                f"{file_of_run(checkpoint, 'config.yml')}."
+            )
+        data = data.model_copy(update={"eod_id": known})
     own = {"train": (DataSource(path=literal(prefix)),), "validation": ()}
-    return find_boundaries(config.data.model_copy(update=own))
+    return find_boundaries(data.model_copy(update=own))
 
 
 class DataSample:
     """Two disjoint parts of prepared data: `measured` for contributions and τ, `held` for the loss.
 
-    `prefix`: of the .bin/.idx pair.  `boundaries`: of documents, for the loss.  `samples`: the number in each part, of
-    `model.seq_length` tokens each; None: DEFAULT_SAMPLES, or half of the data if there are fewer than twice as many.
-    DataError when the data are missing, have another vocabulary, or are too few.
+    `prefix`: of the .bin/.idx pair.  `boundaries`: of documents, for attention and the loss.  `samples`: the number in
+    each part, of `model.seq_length` tokens each; None: DEFAULT_SAMPLES, or half of the data if there are fewer than
+    twice as many. DataError when the data are missing, have another vocabulary, or are too few.
     """
 
     def __init__(self, prefix: str, model: Model, samples: int | None, boundaries: Boundaries = NO_BOUNDARIES):
@@ -244,7 +260,7 @@ def drop_tokens(model: TokenFormer, kept: Mapping[str, Tensor], scales: Mapping[
 @torch.no_grad()
 def mean_loss(model: TokenFormer, batches: Iterable[Batch], ends: Sequence[int] = ()) -> float:
     """Mean cross-entropy per token, in nats, of labels that are not IGNORED. `ends`: see `select_tokens`.
-    CheckpointError when it is not finite."""
+    CheckpointError when it is not finite, DataError when no label counts."""
     total, tokens = 0.0, 0
     for ids, labels in batches:
         for row, targets in zip(ids.split(1), labels.split(1)):  # by sample, because logits are large
@@ -253,6 +269,8 @@ def mean_loss(model: TokenFormer, batches: Iterable[Batch], ends: Sequence[int] 
         tokens += int((labels != IGNORED).sum())
     if not math.isfinite(total):
         raise CheckpointError("the model's loss is not finite: its training diverged. Use an earlier checkpoint.")
+    if not tokens:
+        raise DataError("no label of the held-out samples counts: all are padding. Give more --samples, or other data.")
     return total / tokens
 
 

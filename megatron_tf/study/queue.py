@@ -29,6 +29,7 @@ from megatron_tf.study.result import (
     begin_again,
     changed,
     failure_file,
+    failure_time,
     failure_times,
     has_diverged,
     has_ended,
@@ -212,7 +213,7 @@ class Queue:
     def _failed_meanwhile(self, node: Node) -> str | None:
         """Why another process has failed at a run since this one began; None when none has."""
         file = failure_file(node, self._study.dir)
-        return reason_of(file) if failure_times(self._study.dir).get(file.name) != self._marks.get(file.name) else None
+        return reason_of(file) if failure_time(file) != self._marks.get(file.name) else None
 
     def _do(self, node: Node, worker: int, claim: int) -> None:
         """Trains a run, unless its parent has diverged: then it has, too."""

@@ -33,6 +33,8 @@ _MAY_CHANGE = (
     "run.name", "parallel.", "zero.", "logging.", "checkpoint.interval_steps", "checkpoint.keep_last",
     "checkpoint.asynchronous", "checkpoint.on_failure", "training.micro_batch_size",
     "training.activation_checkpointing", "training.compile", "training.norm", "training.scores", "training.profile",
+    "data.workers", "run.max_hours", "run.hang_seconds", "run.tags", "run.notes",
+    "training.stop_when",  # only to null: arms with it are refused
 )  # fmt: skip
 _KEPT = "checkpoint.keep_before_decay"  # set by the plan for arms that others start from
 
@@ -212,9 +214,18 @@ def failure_file(node: Node, study_dir: str) -> Path:
 
 def failure_times(study_dir: str) -> dict[str, int]:
     """When each of the runs that have failed did so, by the name of its `failure_file`."""
+    names: Sequence[str] = ()
     with suppress(FileNotFoundError):
-        return {file.name: file.stat().st_mtime_ns for file in os.scandir(Path(study_dir, "failed"))}
-    return {}
+        names = os.listdir(Path(study_dir, "failed"))
+    times = {name: failure_time(Path(study_dir, "failed", name)) for name in names}
+    return {name: time for name, time in times.items() if time is not None}
+
+
+def failure_time(failure: Path) -> int | None:
+    """When a run has failed, by its `failure_file`; None when there is no such file."""
+    with suppress(FileNotFoundError):
+        return failure.stat().st_mtime_ns
+    return None
 
 
 def reason_of(failure: Path) -> str | None:

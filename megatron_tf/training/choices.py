@@ -46,7 +46,7 @@ def recorded(stage: nn.Module) -> Iterator[Mapping[str, Choices]]:
 
     def record(name: str, logits: Tensor, balance: Tensor) -> Tensor:
         chosen = choose(logits, balance)
-        found[name].forwards.append(all_gather(chosen, projections[name].group, 1))
+        found[name].forwards.append(all_gather(chosen, projections[name].group, 1).cpu())
         return chosen
 
     for name, projection in projections.items():

@@ -18,6 +18,7 @@ from megatron_tf.model.layers import task_layers
 from megatron_tf.tasks.data import task_data
 from megatron_tf.training.account import account, earlier_settings
 from megatron_tf.training.announcement import lines_about
+from megatron_tf.training.opening import without_source
 from megatron_tf.training.run_data import check_data
 from megatron_tf.training.start import begin, choose, first_stage_to_run
 
@@ -44,6 +45,8 @@ def _first(config: RunConfig, world_size: int) -> Iterator[str]:
     data = task_data(config.model).open(config)
     path, passed_over = choose(config)
     start = begin(config, path, data.fingerprint())
+    if start.missing_source:
+        start = without_source(config, start, start.missing_source)
     step = start.progress.step
     plan = start.plan(config, world_size)
     told = account(config, start, world_size, earlier_settings(Path(config.run.dir)) if step else None)

@@ -56,12 +56,7 @@ def open_run(
     path, passed_over = choose(config, Ranks(environment.rank, world_size, gather))
     start = together(lambda: begin(config, path, data))
     if missing := [reason for reason in gather(start.missing_source) if reason]:
-        start = replace(start, grown_from=None, missing_source=missing[0])
-        if fits_routers(config, start):
-            raise ConfigError(
-                f"growth.routers: clusters fits the routers of the split to the smaller model, and {missing[0]}. "
-                "Restore it at that path, or set growth.routers to random."
-            )
+        start = without_source(config, start, missing[0])
     plan = start.plan(config, world_size)
     if world_size > 1:
         check_shared(path_of_run, is_main)
@@ -72,6 +67,17 @@ def open_run(
     console = Console(rank=environment.rank, log_path=path_of_run / "train.log")
     closing.callback(console.close)
     return Opening(Run(told.config, plan, environment.rank, device, console), start, path, passed_over, told)
+
+
+def without_source(config: RunConfig, start: Start, why: str) -> Start:
+    """`start` of a growth that cannot be proved, because of `why`. ConfigError when it needs the smaller model."""
+    start = replace(start, grown_from=None, missing_source=why)
+    if fits_routers(config, start):
+        raise ConfigError(
+            f"growth.routers: clusters fits the routers of the split to the smaller model, and {why}. Restore it at "
+            "that path, or set growth.routers to random."
+        )
+    return start
 
 
 def _patience(config: RunConfig, environment: LaunchEnvironment) -> float:

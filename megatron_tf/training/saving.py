@@ -66,7 +66,8 @@ class Saver:
                 self._report(str(error))
 
     def save(self, progress: Progress, run_state: Mapping[str, Any]) -> None:
-        """Saves the present state. In the background it returns at once, and only updates may change the state then.
+        """Saves the present state. In the background it returns when copies of parameters have been compared, and only
+        updates may change the state then.
 
         `run_state`: the further state that a resume needs, ready for JSON.
         Waits for the save before this one. CheckpointError when copies of a parameter differ.

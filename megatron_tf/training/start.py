@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_tf.checkpoint.architecture import check_same_architecture, stored_model
+from megatron_tf.checkpoint.fingerprint import changed_sources
 from megatron_tf.checkpoint.format import CheckpointIndex
 from megatron_tf.checkpoint.kinds import CHECKPOINTS_FOLDER
 from megatron_tf.checkpoint.manager import (
@@ -247,7 +248,7 @@ def begin(config: RunConfig, path: Path | None, data: Mapping[str, Any]) -> Star
         _check_data(config, index.data, data, path)
         trackers, note = _own_trackers(config, index) if own else ({}, "")
         how = "resumed from" if own else "branched off"
-        other_data = _changed_sources(index.data, data) if "sources" in index.data else None
+        other_data = changed_sources(index.data, data) if "sources" in index.data else None
         return Start(
             CheckpointSource(reader),
             f"{how} {path} at step {index.step:,}{note}",
@@ -330,7 +331,7 @@ def _check_data(config: RunConfig, stored: Mapping[str, Any], data: Mapping[str,
             f"now it is {data.get('seed')}"
         )
         remedies.append(f"set run.seed={stored.get('seed')}")
-    if changed := _changed_sources(stored, data):
+    if changed := changed_sources(stored, data):
         problems.append(f"data.train: the checkpoint was trained on {changed[0]}; now it is {changed[1]}")
         remedies.append("restore the data")
     if not problems:
@@ -339,24 +340,3 @@ def _check_data(config: RunConfig, stored: Mapping[str, Any], data: Mapping[str,
         f"{path}: the sample order would not continue.{bullets(problems)}\n"
         f"To go on as before, {' and '.join(remedies)}; to go on all the same, set checkpoint.allow_data_change=true."
     )
-
-
-def _changed_sources(stored: Mapping[str, Any], data: Mapping[str, Any]) -> tuple[str, str] | None:
-    """The sources of two fingerprints as text, or None where they are equal in all that both know of them.
-
-    The text has digests, which tell files of different content apart. Older checkpoints have fewer fields.
-    """
-    then, now = stored.get("sources", ()), data.get("sources", ())
-    known = [{key: value for key, value in source.items() if key in old} for old, source in zip(then, now)]
-    if len(then) == len(now) and all(dict(old) == source for old, source in zip(then, known)):
-        return None
-    digest = "samples_sha256" if all("samples_sha256" in source for source in then) else "ends_sha256"
-
-    def words(sources: Sequence[Mapping[str, Any]]) -> str:
-        return ", ".join(
-            f"{source.get('name')} ({source.get('tokens', 0):,} tokens, weight {source.get('weight', 1):g}, "
-            f"{str(source.get(digest))[:8]})"
-            for source in sources
-        )
-
-    return words(then), words(now)

@@ -40,7 +40,9 @@ def start_engine(run: Run, start: Start, loaders: Loaders, watchdog: Watchdog) -
     smaller = _smaller_stage(run, start.grown_from, split, ends)
     with recorded(smaller) as own_choices:
         before = probe(smaller, held)
-    choices = of_all_stages(run, start, own_choices)
+    entry = start.growth_history[-1]
+    # where the function changes, other choices are right
+    choices = of_all_stages(run, start, own_choices) if entry["preserves"] else {}
     if fits_routers(run.config, start):
         watchdog.begin("fitting the routers")
         start = replace(start, source=with_fitted_routers(run, start, smaller, loaders.data))
@@ -48,9 +50,8 @@ def start_engine(run: Run, start: Start, loaders: Loaders, watchdog: Watchdog) -
     watchdog.begin("loading the weights")
     engine = _engine(run, start, tensor, ends)
     watchdog.begin("proving the growth, with the grown model")
-    stage, entry = engine.stage(), start.growth_history[-1]
-    known = choices if entry["preserves"] else {}
-    named = {start.name_now(name, run.config.model): own for name, own in known.items()}
+    stage = engine.stage()
+    named = {start.name_now(name, run.config.model): own for name, own in choices.items()}
     with following(stage, named) as followed, without_fp8(stage):
         after = probe(stage, held)
     proof = compare(before, after, followed, run.config.training.compute_type, run.device, entry["preserves"])

@@ -58,7 +58,8 @@ def test_the_first_stage_may_grow_from_another_run(chain):
     assert (first.growth.source, second.growth.source) == ("runs/tiny", "runs/small/small")
     path = chain(SMALL, BIG, growth={"method": "gram"})
     first, second = load_stages(path, ["stages.small.growth.from=runs/tiny", "growth.moments=reset"])
-    assert (first.growth.source, first.growth.moments, second.growth.moments) == ("runs/tiny", "keep", "reset")
+    assert (first.growth.source, first.growth.method, first.growth.moments) == ("runs/tiny", "gram", "reset")
+    assert second.growth.moments == "reset"
     first, second = load_stages(path, ["growth.method=zero_key"])
     assert first.growth is None and second.growth.method == "zero_key"
 

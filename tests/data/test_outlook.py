@@ -145,7 +145,12 @@ def test_a_source_that_an_evaluation_begins_again(tmp_path):
     long, short = write(tmp_path / "b", 201, first=9), write(tmp_path / "c", 41, first=7)
     assert warnings(config([write(tmp_path / "a", 500)], [long, short], samples=8)) == []
     (warning,) = warnings(config([tmp_path / "a"], [long, short], samples=9))
+    assert "evaluation.samples: 9, which are 12 in whole batches of 4, but" in warning
     assert f"all of {short}, 4 samples, is read once after 8: more of it counts again. Set it to at most 8" in warning
+    tiny = write(tmp_path / "d", 11, first=5)
+    (warning,) = warnings(config([tmp_path / "a"], [long, tiny], samples=1))
+    assert f"all of {tiny}, 1 sample, is read once after 2" in warning
+    assert "Set training.global_batch_size to at most 2, or the weights by the sizes." in warning
 
 
 def test_ends_of_documents_that_differ(tmp_path):

@@ -174,9 +174,13 @@ def test_scores():
     assert perplexity(1e6) == math.inf
 
 
-def test_bits_per_byte_are_not_given_where_tokens_are_left_out():
+@pytest.mark.parametrize(
+    ("mask", "key"),
+    [(LossMask(7, None), "mask_eod_loss"), (LossMask(None, 0), "pad_id"), (LossMask(7, 0), "mask_eod_loss")],
+)
+def test_bits_per_byte_are_not_given_where_tokens_are_left_out(mask, key):
     """Their bytes would be counted, and their losses not."""
-    masked = Boundaries((), LossMask(7, None))
+    masked = Boundaries((), mask)
     dataset, request = SimpleNamespace(prefix="a", num_tokens=9), SimpleNamespace(max_tokens=None)
     result = text._with_bytes(request, None, masked, dataset, Score(3.0, 4, None))
-    assert result.score.bits_per_byte is None and "data.mask_eod_loss" in str(result)
+    assert result.score.bits_per_byte is None and f"data.{key}" in str(result)

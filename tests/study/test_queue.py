@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import os
@@ -31,12 +32,16 @@ from megatron_tf.study.report import results_of, write_report
 from megatron_tf.study.result import (
     Result,
     check_unchanged,
+    failure_file,
+    failure_time,
+    failure_times,
     has_ended,
     has_failed,
     loss_of,
     measure,
     read_result,
     write_config,
+    write_failure,
     write_result,
 )
 from megatron_tf.study.tables import in_words
@@ -273,6 +278,7 @@ def test_a_run_that_has_begun_may_go_on_in_another_layout(study, write):
         "training": {"micro_batch_size": 1, "activation_checkpointing": True},
         "checkpoint": {"interval_steps": 3},
         "logging": {"interval_steps": 3},
+        "run": {"max_hours": 3.0},
     }
     check_unchanged(make_plan(study(ranks=2, common=common)))
     with pytest.raises(ConfigError, match=r"checkpoint.allow_data_change \(false then, true now\)"):
@@ -328,14 +334,24 @@ def test_a_run_that_diverges_has_ended(study, started, monkeypatch):
     assert total_seconds(make_plan(of, loss_of), 1, Speeds({}, 1e9).seconds) == 0
 
 
-def test_a_run_that_another_process_has_failed_at_is_not_started_again(study, started):
+def test_a_run_that_another_process_has_failed_at_is_not_started_again(study, started, monkeypatch):
     """Until the study is: then each of its processes has seen the failure before it began."""
     of = study(arms={"going_on": None, "grown": None}, seeds=[1])
-    names = started("import sys, time; time.sleep(0.3); sys.exit(2 if 'lr=0.04' in sys.argv[1] else 0)")
-    count = Path(of.dir, "count")
-    program = f"open({str(count)!r}, 'a').write(sys.argv[1] + chr(10)); "
-    started(f"import sys; {program}sys.exit(2 if 'lr=0.04' in sys.argv[1] else 0)")
-    errors = []
+    count, all_began = Path(of.dir, "count"), Path(of.dir, "all_began")
+    names = started(
+        f"import os, sys, time; open({str(count)!r}, 'a').write(sys.argv[1] + chr(10))\n"
+        f"while not os.path.exists({str(all_began)!r}): time.sleep(0.01)\n"
+        "sys.exit(2 if 'lr=0.04' in sys.argv[1] else 0)"
+    )
+    errors, began = [], itertools.count(1)
+
+    def noted(study_dir):
+        marks = failure_times(study_dir)
+        if next(began) == 3:
+            all_began.touch()
+        return marks
+
+    monkeypatch.setattr(module, "failure_times", noted)
 
     def work():
         with pytest.raises(UserError, match="1 of the runs failed") as failed:
@@ -352,6 +368,17 @@ def test_a_run_that_another_process_has_failed_at_is_not_started_again(study, st
     assert sum("lr=0.04" in line for line in count.read_text().splitlines()) == 1 and len(names) == 2
     work()
     assert sum("lr=0.04" in line for line in count.read_text().splitlines()) == 2
+
+
+def test_times_of_failures_while_another_one_is_removed(study, monkeypatch):
+    of = study()
+    first, second = make_plan(of).nodes[:2]
+    for node in (first, second):
+        write_failure(node, of.dir, "exit code 2")
+    names = os.listdir(Path(of.dir, "failed"))
+    monkeypatch.setattr("os.listdir", lambda path: [*names, "gone"])
+    assert failure_times(of.dir).keys() == set(names)
+    assert failure_time(failure_file(first, of.dir)) == failure_times(of.dir)[failure_file(first, of.dir).name]
 
 
 def test_a_run_that_failed_may_be_corrected(study, started):

@@ -217,5 +217,10 @@ def test_passes_over_the_data_and_a_vocabulary_that_is_too_small(tmp_path):
     passes = [stage["data"]["sources"][0]["passes"] for stage in found["stages"]]
     tokens = [cost["chain_tokens"] for cost in found["chain"]]
     assert [own / passes[0] for own in passes] == pytest.approx([own / tokens[0] for own in tokens])
+    # and one with another seed begins again
+    reseeded = tool("plan_run", CONFIGS / "tiny_chain.yml", "--gpus", 2, "--json", *own, "data.tokenizer=null",
+                    "stages.tokens256.run.seed=5")  # fmt: skip
+    last = json.loads(reseeded.stdout)["stages"][-1]["data"]["sources"][0]["passes"]
+    assert 0 < last < passes[-1] - passes[-2] / 2
     elsewhere = tool("plan_run", CONFIGS / "tiny.yml", "--gpus", 1, f"data.train=[{{path: {tmp_path}/none}}]")
     assert "not on this machine" in elsewhere.stdout

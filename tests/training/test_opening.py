@@ -19,8 +19,8 @@ from megatron_tf.runtime.run_folder import run_folder_lock
 from megatron_tf.state.sources import InitialSource, StepZero
 from megatron_tf.training import opening
 from megatron_tf.training.announcement import lines_about
-from megatron_tf.training.opening import open_run
-from megatron_tf.training.start import Progress
+from megatron_tf.training.opening import open_run, without_source
+from megatron_tf.training.start import Progress, begin, choose
 
 
 @pytest.fixture(autouse=True)
@@ -106,6 +106,8 @@ def test_a_growth_by_a_tool_whose_smaller_model_is_gone(split_by_a_tool, tmp_pat
     )
     with contextlib.ExitStack() as closing, pytest.raises(ConfigError, match=message):
         opened(split_by_a_tool, closing)
+    with pytest.raises(ConfigError, match=message):
+        without_source(split_by_a_tool, begin(split_by_a_tool, choose(split_by_a_tool)[0], {}), "/small/ is gone")
     growth = split_by_a_tool.growth.model_copy(update={"routers": "random"})
     with contextlib.ExitStack() as closing:
         found = opened(split_by_a_tool.model_copy(update={"growth": growth}), closing)

@@ -134,9 +134,13 @@ def test_data_are_compared_by_all_that_a_checkpoint_knows(config, tmp_path, stor
     dist.destroy_process_group()
     run = config(run={"dir": str(tmp_path / "run")})
     path, _ = choose(run)
+    more_tokens = {"parameter_tokens": {"qkv": 30, "proj": 20, "ffn": 90}}
+    grown = config(run={"dir": str(tmp_path / "grown")}, model=more_tokens, growth={"from": str(tmp_path / "run")})
+    samples = begin(grown, choose(grown)[0], now).progress.samples
     if "samples_sha256" not in stored["sources"][0] or stored == now:
-        assert begin(run, path, now).changes == {}
+        assert begin(run, path, now).changes == {} and samples == 24, "a growth reads on"
         return
+    assert samples == 0, "a growth begins with other data at their beginning"
     with pytest.raises(CheckpointError, match=r"trained on text \(9 tokens, weight 1, bbbbbbbb\); now .*cccccccc"):
         begin(run, path, now)
     allowing = config(run={"dir": str(tmp_path / "run")}, checkpoint={"allow_data_change": True})

@@ -8,6 +8,7 @@ from torch.nn import functional as F
 from transformers import PreTrainedModel as BaseForCausalLM
 from transformers import PreTrainedModel as BaseModel
 
+LEAST = 1e-16  # norms up to this count as 0, as in training
 BALANCE_SPEED = 10.0  # the factor of a candidate's balance in the choice
 
 
@@ -23,8 +24,10 @@ class PattentionBranch(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         scores = self.scores(x)
         norm = self.norm(scores)
-        # The division sees no 0: its derivative there would be infinite.
-        inverse = torch.where(norm > 0, self.scale / torch.where(norm > 0, norm, 1), 0)
+        # 0 for norms whose squares are lost, and NaN where the sum of squares has overflowed. The division sees no 0,
+        # where its derivative would be infinite.
+        there = norm > LEAST
+        inverse = torch.where(there, self.scale / torch.where(there, norm, 1), 0) + (norm - norm)
         return self.total(F.gelu(scores * inverse.to(scores.dtype)) @ self.value_tokens)
 
     def scores(self, x: Tensor) -> Tensor:

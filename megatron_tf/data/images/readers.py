@@ -65,14 +65,16 @@ def tar_records(paths: Iterable[Path], *, num_classes: int, on_read: Callable[[i
     An archive that is damaged, or has another one appended, is a bad record; the images before the damage are read.
     """
     for path in paths:
-        try:
-            with file_errors(DataError, path, REMEDY), tarfile.open(path, "r|*", tarinfo=StrictMember) as archive:
-                yield from _pairs(str(path), archive, num_classes)
-                check_end(archive)
-        except BadRecord as problem:
-            yield bad_raw(str(path), 1, problem)
-        except (tarfile.TarError, EOFError, zlib.error) as error:
-            yield bad_raw(str(path), 1, BadRecord("truncated", f"the archive breaks off ({error})"))
+        # Of gzip tarfile itself would compare no checksum, and stop where another file was appended.
+        with file_errors(DataError, path, REMEDY), _plain(path) as file:
+            try:
+                with tarfile.open(fileobj=file, mode="r|*", tarinfo=StrictMember) as archive:
+                    yield from _pairs(str(path), archive, num_classes)
+                    check_end(archive)
+            except BadRecord as problem:
+                yield bad_raw(str(path), 1, problem)
+            except (tarfile.TarError, EOFError, zlib.error, gzip.BadGzipFile) as error:
+                yield bad_raw(str(path), 1, BadRecord("truncated", f"the archive breaks off ({error})"))
         on_read(os.stat(path).st_size)
 
 

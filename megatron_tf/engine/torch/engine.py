@@ -307,6 +307,7 @@ class TorchEngine(SegmentedEngine):
         return sums
 
     def _replicated(self) -> list[Fragment]:
+        """Data-parallel ranks gather weights from each other's parts, so no two of them hold copies of their own."""
         return [fragment for shard, fragment in self._fragments if not shard.spec.sharded or shard.spec.tied]
 
     def loss_scaler(self) -> dict[str, Any]:

@@ -64,7 +64,7 @@ static inline float normal_distribution(float u, float *density) {
 
 /* τ/norm; 0 for a row of zeros, and NaN where the sum of squares has overflowed. */
 static inline float inverse_of(float norm, float scale) {
-    if (norm > 3.4e38f)
+    if (!(norm <= 3.4e38f)) /* also of NaN, which the Gram form makes of an overflow */
         return NAN;
     return norm > LEAST ? scale / norm : 0.0f;
 }

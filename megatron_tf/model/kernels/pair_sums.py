@@ -1,7 +1,7 @@
 """Sums over the slots of a sparse layer: for each row, of the results of its pairs. See model/grouped.py.
 
 GPUs: triton_pair_sums.py. Elsewhere `embedding_bag`, which is one kernel as well. Neither adds atomically. Each sum is
-in fp32 and is rounded once.
+in fp32 and is rounded once; where `embedding_bag`'s is added to another sum, a second time.
 """
 
 from __future__ import annotations

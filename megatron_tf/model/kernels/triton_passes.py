@@ -189,7 +189,7 @@ def _store(pointer, row, there, stride, start, n, values, BLOCK: tl.constexpr, L
 def _over(numerator, r):
     """numerator / r; 0 where r is at most LEAST, and NaN where the sum of squares has overflowed."""
     over = tl.where(r > LEAST, numerator / tl.where(r > LEAST, r, 1.0), 0.0)
-    return tl.where(r > 3.4e38, float("nan"), over)
+    return tl.where(r <= 3.4e38, over, float("nan"))  # also of NaN, which the Gram form makes of an overflow
 
 
 @triton.jit

@@ -123,6 +123,21 @@ def test_the_norm_from_keys_is_that_of_the_scores(folder, exported, ids, monkeyp
         torch.testing.assert_close(changed, layer(x), rtol=0, atol=1e-5)
 
 
+def test_rows_whose_norm_would_lose_digits_take_that_of_the_scores(folder, monkeypatch):
+    layer = load(folder, norm="gram", dtype=torch.bfloat16).model.layers[0].mlp
+    code = sys.modules[type(layer).__module__]
+    monkeypatch.setattr(code, "TOKENS_A_CHANNEL", 0)
+    monkeypatch.setattr(code, "ROWS", 1)
+    with torch.no_grad():
+        layer.keys.weight[:, -1] *= 1 / 16
+        x = torch.randn(2, 3, 64, generator=torch.Generator().manual_seed(0)).bfloat16()
+        assert layer.scaled(x) is not None
+        x[1, 2, :-1] = 0
+        assert layer.scaled(x) is None
+        found, layer.norm = layer(x), "direct"
+        assert torch.equal(found, layer(x))
+
+
 def padded(ids: torch.Tensor, side: str, padding: int = 5) -> dict[str, torch.Tensor]:
     """A batch of ids [2, s] with `padding` more tokens in the first row, all labels but theirs."""
     whole, mask = torch.zeros(2, ids.shape[1] + padding, dtype=torch.long), torch.ones(2, ids.shape[1] + padding)
@@ -165,7 +180,7 @@ def test_it_has_the_activations_that_declare_it(exported):
 
 @pytest.mark.parametrize("activation", ["l2_norm_gelu", "gelu_l2_norm", "softmax"])
 def test_gradients_are_those_of_our_own_model(network_of, tmp_path, activation):
-    """Also where a whole row of scores is 0: there both are 0, and never no number."""
+    """Also where a whole row of scores is 0, or its squares are: there both are 0, and never no number."""
     from megatron_tf.model.pattention import pattention
 
     network = network_of(activation=activation)
@@ -173,6 +188,7 @@ def test_gradients_are_those_of_our_own_model(network_of, tmp_path, activation):
     layer, scale = load(tmp_path / "out").model.layers[0].mlp, network.scales["blocks.0.ffn"]
     x = torch.randn(2, 5, 64, generator=torch.Generator().manual_seed(2))
     x[0, 1:3] = 0
+    x[1, 2] *= 2.0**-80
     x.requires_grad_()
     direction = torch.randn(2, 5, 64, generator=torch.Generator().manual_seed(3))
     found = torch.autograd.grad((layer(x) * direction).sum(), (x, layer.keys.weight, layer.values.weight))
@@ -181,6 +197,12 @@ def test_gradients_are_those_of_our_own_model(network_of, tmp_path, activation):
     expected = torch.autograd.grad((out * direction).sum(), (x, keys, values))
     for one, other in zip(found, (*expected[:2], expected[2].mT)):
         torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-4)
+    with torch.no_grad():
+        # outputs of a row whose squares overflow as well
+        x[1, 4] *= 2.0**80
+        own, ours = layer(x), pattention(x, keys, values, scale=scale, activation=activation)
+    torch.testing.assert_close(own, ours, rtol=1e-4, atol=1e-4, equal_nan=True)
+    assert own[1, 4].isnan().all() == (activation != "softmax")
 
 
 @pytest.mark.parametrize("attention", ["eager", "sdpa"])

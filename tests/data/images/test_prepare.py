@@ -145,6 +145,17 @@ def test_a_damaged_shard_is_named_and_what_comes_before_is_read(tmp_path):
         assert (summary.images, summary.skipped_records) == (6 if name == "two" else 2, 1), name
         (sample,) = json.loads((tmp_path / f"{name}.report.json").read_text())["samples"]
         assert reason in sample["reason"], sample
+    packed = bytearray(gzip.compress(whole))
+    packed[-6] ^= 1  # of the checksum
+    for name, content, count, reason in (
+        ("sum", bytes(packed), 5, "the archive breaks off (CRC check failed"),
+        ("both", 2 * gzip.compress(whole), 6, "data after the end of the archive"),
+    ):
+        (tmp_path / f"{name}.tar.gz").write_bytes(content)
+        (summary,) = prepare(tmp_path / f"{name}.tar.gz", tmp_path / name, classes="3", on_error="skip")[0].values()
+        assert (summary.images, summary.skipped_records) == (count, 1), name
+        (sample,) = json.loads((tmp_path / f"{name}.report.json").read_text())["samples"]
+        assert reason in sample["reason"], sample
 
 
 def test_one_of_several_images_of_a_key_is_not_taken_for_it(tmp_path):

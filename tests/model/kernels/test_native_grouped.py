@@ -100,13 +100,14 @@ def test_results_do_not_depend_on_threads():
 
 
 def stack_products(x: Tensor, weights: Tensor, total: Tensor, own=native_grouped.add_products) -> list[Tensor]:
-    """x xᵀ, then with it two more: symmetric like the first one, and, added to what is there, not."""
+    """x xᵀ, then with it one that is symmetric, too; and two that are not, in the memory of what is added and not."""
     square = torch.full((len(x), x.shape[1], x.shape[1]), torch.nan)
     own(square, x, x.mT, beta=0, symmetric=True, out=square)
     polynomial, outputs = torch.full_like(square, torch.nan), total.clone()
     own(square, square, square, alpha=2, beta=-3, symmetric=True, out=polynomial)
     own(outputs, weights, x, alpha=0.5, out=outputs)
-    return [square, polynomial, outputs]
+    own(x, polynomial, x, beta=0.25, out=(other := torch.full_like(x, torch.nan)))
+    return [square, polynomial, outputs, other]
 
 
 @pytest.mark.parametrize("shape", [(3, 64, 96), (2, 37, 50), (1, 5, 7), (2, 130, 33)])
@@ -116,7 +117,9 @@ def test_products_of_stacks_agree_with_fp64(shape):
         (stack * rows, width), (stack * 12, rows), (stack * 12, width)
     ))  # fmt: skip
     exact = x.double() @ x.double().mT
-    expected = exact, 2 * exact @ exact - 3 * exact, total.double() + weights.double() @ x.double() / 2
+    polynomial = 2 * exact @ exact - 3 * exact
+    outputs = total.double() + weights.double() @ x.double() / 2
+    expected = exact, polynomial, outputs, x.double() / 4 + polynomial @ x.double()
     threads, results = torch.get_num_threads(), []
     for count in (1, 3):
         torch.set_num_threads(count)
@@ -132,6 +135,7 @@ def test_products_of_stacks_agree_with_fp64(shape):
 def test_stacks_are_multiplied_alike_by_pytorch(monkeypatch, native):
     monkeypatch.setenv("MEGATRON_TF_NATIVE", native)
     monkeypatch.setattr(products, "is_amd", lambda: True)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
     called = []
     kernel = native_grouped.add_products
     monkeypatch.setattr(native_grouped, "add_products", lambda *a, **b: called.append(0) or kernel(*a, **b))
@@ -142,7 +146,7 @@ def test_stacks_are_multiplied_alike_by_pytorch(monkeypatch, native):
         found = stack_products(x, weights, total, products.add_products)
         for own, reference in zip(found, stack_products(x, weights, total, kernel), strict=True):
             close(own, reference)
-    assert len(called) == (3 if native == "1" else 0), "small matrices are PyTorch's"
+    assert len(called) == (4 if native == "1" else 0), "small matrices are PyTorch's"
 
 
 @pytest.mark.parametrize("slow_mkl", [False, True])

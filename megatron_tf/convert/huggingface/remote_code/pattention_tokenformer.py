@@ -29,7 +29,10 @@ NORMS = ("direct", "gram")
 # The norm "gram" is faster from so many tokens for each channel, and so many rows in a call, if all keys are here.
 TOKENS_A_CHANNEL = 8
 ROWS = 32
-NOISE = 8  # an r² below so many roundings of its largest term is taken for noise
+# As in training: an r² below so many roundings of its largest term is taken for noise; below this share of that of an
+# average row, or so many roundings of x's type, r is more than 3 % off; and norms up to LEAST count as 0.
+NOISE, DOUBTFUL, DOUBTFUL_ROUNDINGS = 8, 2.0**-10, 32
+LEAST = 1e-16
 BALANCE_SPEED = 10.0  # the factor of a candidate's balance in the choice
 
 
@@ -156,10 +159,13 @@ class Pattention(nn.Module):
                 return None
         gram = self.key_matrix(weight, keys)
         squares = ((x @ gram.to(x.dtype)).to(gram.dtype) * x).sum(-1, keepdim=True)
-        largest = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=gram.dtype).square() * gram.trace()
-        norm = squares.maximum(NOISE * torch.finfo(gram.dtype).eps * largest).sqrt()
-        inverse = self.scale / torch.where(norm > 0, norm, 1)
-        return x * torch.where(norm > 0, inverse, 0).to(x.dtype)
+        average = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=gram.dtype).square() * gram.trace() / hidden
+        rounding = torch.finfo(x.dtype).eps
+        noise = max(NOISE * hidden * torch.finfo(gram.dtype).eps, rounding)
+        least = max(DOUBTFUL, DOUBTFUL_ROUNDINGS * rounding, 2 * noise)
+        if len(keys) == tokens and (squares < least * average).any():
+            return None  # a row's norm would be more than 3 % off
+        return x * self.over(squares.maximum(noise * average).sqrt()).to(x.dtype)
 
     def key_matrix(self, weight: Any, keys: Tensor) -> Tensor:
         """G over the keys of all ranks, at least fp32. With gradients it is made anew, and they go to `keys`."""
@@ -189,6 +195,10 @@ class Pattention(nn.Module):
     def normalise(self, scores: Tensor, precise: torch.dtype) -> Tensor:
         """scores · τ/‖scores‖₂; where a whole row is 0, as padding's may be, it and its gradient are 0."""
         norm = torch.linalg.vector_norm(scores, dim=-1, keepdim=True, dtype=precise)
+        return scores * self.over(norm).to(scores.dtype)
+
+    def over(self, norm: Tensor) -> Tensor:
+        """τ/norm; 0 for norms whose squares are lost, and NaN where the sum of squares has overflowed."""
+        there = norm > LEAST
         # Never divide by 0: the derivative there would be infinite, and 0 times infinity is NaN.
-        inverse = self.scale / torch.where(norm > 0, norm, 1)
-        return scores * torch.where(norm > 0, inverse, 0).to(scores.dtype)
+        return torch.where(there, self.scale / torch.where(there, norm, 1), 0) + (norm - norm)
