@@ -86,6 +86,7 @@ def begin_reduction(local: Tensor, group: Group) -> Callable[[], Tensor]:
 
 def inverse(r: Tensor, scale: float) -> Tensor:
     """τ/r; 0 where r is at most LEAST, and NaN where the sum of squares has overflowed, so that divergence is seen."""
+    # in few kernels, between which a GPU would wait: r − r is 0, or NaN where r is not finite
     return torch.add(r - r, functional.threshold(r, LEAST, math.inf).reciprocal(), alpha=scale)
 
 

@@ -148,7 +148,7 @@ def fingerprint(sources: Sequence[DataSource], seed: int) -> dict[str, Any]:
 
     Of each source: name (without the folder, so that data may move), weight, bytes of both files, a SHA-256 of the
     first and last 64 KiB of its tokens, and one of samples from both files, which tell files of equal size apart.
-    Checkpoints of before 2026-11-28 lack the last. Raises `DataError` for a missing file.
+    Older checkpoints lack the last. Raises `DataError` for a missing file.
     """
     entries = []
     for source in sources:
