@@ -200,6 +200,6 @@ class Pattention(nn.Module):
     def over(self, norm: Tensor) -> Tensor:
         """τ/norm; 0 for norms whose squares are lost, and NaN where the sum of squares has overflowed."""
         there = norm > LEAST
-        # Never divide by 0: the derivative there would be infinite, and 0 times infinity is NaN. norm − norm is 0, or NaN
-        # where it is infinite.
+        # Never divide by 0: the derivative there would be infinite, and 0 times infinity is NaN. norm − norm is 0, or
+        # NaN where it is infinite.
         return torch.where(there, self.scale / torch.where(there, norm, 1), 0) + (norm - norm)
