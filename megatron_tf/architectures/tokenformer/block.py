@@ -33,15 +33,14 @@ class PattentionAttention(Attention):
             projection.own_rows = tensor.sequence
 
     def forward(self, hidden: Tensor, documents: Documents | None = None) -> Tensor:
-        projections = [self.query, self.key, self.value]
-        heads = _own_heads(self, partial_outputs(projections, entered(projections, hidden, self.tensor)))
+        heads = _dense_heads(self, [self.query, self.key, self.value], hidden)
         return self.tensor.leave(self.join(self.attended(heads, documents)))
 
     def split(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         return _own_heads(self, partial_outputs([self.query, self.key, self.value], Entered(x)))
 
     def join(self, heads: Tensor) -> Tensor:
-        return partial_outputs([self.proj], gathered(self.proj, heads))[0]
+        return _dense_join(self.proj, heads)
 
 
 class SparseAttention(Attention):
@@ -64,10 +63,8 @@ class SparseAttention(Attention):
         losses: Reports | None = None,
         metrics: Reports | None = None,
     ) -> Tensor:
-        projections = [self.query, self.key, self.value]
         if isinstance(self.query, Pattention):
-            dense = cast(list[Pattention], projections)
-            heads = _own_heads(self, partial_outputs(dense, entered(dense, hidden, self.tensor)))
+            heads = _dense_heads(self, cast(list[Pattention], [self.query, self.key, self.value]), hidden)
         else:
             heads = self.split(self.tensor.enter(hidden), losses, metrics)
         return self.tensor.leave(self.join(self.attended(heads, documents), losses, metrics))
@@ -79,7 +76,7 @@ class SparseAttention(Attention):
 
     def join(self, heads: Tensor, losses: Reports | None = None, metrics: Reports | None = None) -> Tensor:
         if isinstance(self.proj, Pattention):
-            return partial_outputs([self.proj], gathered(self.proj, heads))[0]
+            return _dense_join(self.proj, heads)
         return sparse_outputs([self.proj], gather_from(heads, self.tensor.group, -1), losses, metrics)[0]
 
 
@@ -140,6 +137,18 @@ def tokenformer_block(model: Model, layer: int, scales: Mapping[str, float], ten
     attention = kind(model, f"{prefix}.attention", scales, tensor)
     ffn = _projection(model, f"{prefix}.ffn", "ffn", scales, tensor)
     return (SparseBlock if banks else TokenFormerBlock)(attention, ffn, tensor, model.norm_eps)
+
+
+def _dense_heads(
+    attention: Attention, projections: Sequence[Pattention], hidden: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """This rank's heads of query, key and value, from the hidden states between blocks."""
+    return _own_heads(attention, partial_outputs(projections, entered(projections, hidden, attention.tensor)))
+
+
+def _dense_join(proj: Pattention, heads: Tensor) -> Tensor:
+    """This rank's part of the output of attention, from its heads."""
+    return partial_outputs([proj], gathered(proj, heads))[0]
 
 
 def _own_heads(attention: Attention, partial: Sequence[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
