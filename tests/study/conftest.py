@@ -1,16 +1,20 @@
-"""A study of small arms, as values of its file."""
+"""A study of small arms, as values of its file, and tiny programs in place of its runs."""
 
 from __future__ import annotations
 
 import copy
+import math
+import sys
 
 import pytest
 from prepared import write_tokens
-from study_names import BIGGER
+from study_names import BIGGER, LOSSES
 
 from megatron_tf.config.extends import merged
 from megatron_tf.config.yaml_core import dump_yaml
+from megatron_tf.study import queue as module
 from megatron_tf.study.file import load_study
+from megatron_tf.study.result import Result
 
 SECTIONS = {
     "model": {
@@ -51,3 +55,27 @@ def write(tmp_path):
 @pytest.fixture
 def study(write):
     return lambda **changes: load_study(write(**changes))
+
+
+@pytest.fixture
+def started(monkeypatch):
+    """Names of the runs that were started, in order. Their program is `program`, which is given the name."""
+    names: list[str] = []
+    monkeypatch.setattr(module, "POLL_SECONDS", 0.05)
+
+    def start(program="pass"):
+        def measured(node):
+            names.append(node.name)
+            node.folder.mkdir(parents=True, exist_ok=True)
+            loss = LOSSES.get(node.name, 2.0 + 0.1 * node.seed)
+            return Result(
+                node.name, node.arm.name, node.seed, node.value, loss, node.end.tokens, node.end.flops,
+                node.own_tokens, node.own_flops, 9.0, 100.0, node.parameters, 1000,
+                ((node.end.tokens, node.end.flops, loss),) if math.isfinite(loss) else (),
+            )  # fmt: skip
+
+        monkeypatch.setattr(module, "measure", measured)
+        monkeypatch.setattr(module, "command", lambda config, ranks: [sys.executable, "-c", program, str(config)])
+        return names
+
+    return start
