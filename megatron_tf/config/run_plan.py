@@ -110,6 +110,12 @@ def plan_batches(
     )
 
 
+def evaluated_samples(config: RunConfig) -> int:
+    """The number of validation samples of an evaluation, which takes whole global batches."""
+    size = config.training.global_batch_size
+    return math.ceil(config.evaluation.samples / size) * size
+
+
 def below_trained(key: str, asked: int, trained: int) -> str:
     """The message on a length `asked` that is below what the run was `trained` for, both in the unit of `key`."""
     return (

@@ -72,10 +72,10 @@ def load_stages(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> 
             }
         try:
             shared, texts = values, common
-            named = any(text.startswith(("growth.", "growth=")) for text in own[stage["name"]])
-            if not (configs or named or "growth" in stage):  # settings of all growths are for the stages that grow
+            grows = "growth" in stage or any(map(_is_of_growth, own[stage["name"]]))
+            if not configs and not grows:  # settings of all growths are for the stages that grow
                 shared = {**values, "growth": None}
-                texts = [text for text in common if not text.startswith(("growth.", "growth="))]
+                texts = [text for text in common if not _is_of_growth(text)]
             overridden = [*texts, *own[stage["name"]]]
             config, delivered = _stage_config(shared, stage, overridden, configs[-1:], delivered)
             configs.append(config)
@@ -86,6 +86,10 @@ def load_stages(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> 
     if problems:
         raise ConfigError(list(dict.fromkeys(problems)))
     return configs
+
+
+def _is_of_growth(override: str) -> bool:
+    return override.startswith(("growth.", "growth="))
 
 
 def stage_name(config: RunConfig) -> str:

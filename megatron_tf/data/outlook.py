@@ -10,6 +10,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from megatron_tf.config.run_plan import evaluated_samples
 from megatron_tf.config.schema import RunConfig
 from megatron_tf.config.sections.data import Data, DataSource
 from megatron_tf.config.tasks import task_of
@@ -140,27 +141,28 @@ def _are_halves(validation: str, training: str) -> bool:
 def _sample_warnings(config: RunConfig) -> Iterator[str]:
     sources = [IndexedDataset(source.path) for source in config.data.validation]
     available = [max(0, (source.num_tokens - 1) // config.model.seq_length) for source in sources]
-    samples, batch = config.evaluation.samples, config.training.global_batch_size
-    if sources and (warning := evaluation_warning(samples, max(1, sum(available)))):
+    if sources and (warning := evaluation_warning(config.evaluation.samples, max(1, sum(available)))):
         yield warning
     elif len(sources) > 1:
-        yield from _repeated(samples, batch, config.data.validation, available)
+        yield from _repeated(config, available)
 
 
-def _repeated(samples: int, batch: int, sources: Sequence[DataSource], available: Sequence[int]) -> Iterator[str]:
+def _repeated(config: RunConfig, available: Sequence[int]) -> Iterator[str]:
     """A warning when an evaluation, which is dealt by weight and in whole batches, begins a source again. `available`:
     samples of each."""
+    sources, batch, taken = config.data.validation, config.training.global_batch_size, evaluated_samples(config)
     weight = sum(source.weight for source in sources)
     lengths = [int(count * weight / source.weight) for source, count in zip(sources, available)]
     first = min(range(len(sources)), key=lengths.__getitem__)
-    if (taken := -(-samples // batch) * batch) > lengths[first]:
+    if taken > lengths[first]:
         whole = lengths[first] // batch * batch
         least = max(1, lengths[first])
         remedy = f"it to at most {whole}" if whole else f"training.global_batch_size to at most {least}"
         yield (
-            f"evaluation.samples: {samples:,}, which are {taken:,} in whole batches of {batch:,}, but by the weights "
-            f"of data.validation all of {sources[first].path}, {count_of(available[first], 'sample')}, is read once "
-            f"after {lengths[first]:,}: more of it counts again. Set {remedy}, or the weights by the sizes."
+            f"evaluation.samples: {config.evaluation.samples:,}, which are {taken:,} in whole batches of {batch:,}, "
+            f"but by the weights of data.validation all of {sources[first].path}, "
+            f"{count_of(available[first], 'sample')}, is read once after {lengths[first]:,}: more of it counts again. "
+            f"Set {remedy}, or the weights by the sizes."
         )
 
 

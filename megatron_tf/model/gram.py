@@ -111,12 +111,9 @@ def norms(x: Tensor, matrices: Tensor) -> Tensor:
 
 def loses_digits(x: Tensor, matrices: Tensor, norms: Tensor) -> bool:
     """Whether r of some row is so small against ‖x‖‖K‖ that it has lost digits. Synchronises with a GPU."""
-    width = x.shape[-1]
-    average = _largest(x.detach(), matrices.detach()) / width
     # `norms` are no smaller than their noise, which for a large width is above the other two
-    noise = 2 * NOISE * torch.finfo(matrices.dtype).eps * width
-    least = max(DOUBTFUL, DOUBTFUL_ROUNDINGS * torch.finfo(x.dtype).eps, noise)
-    return bool((norms.detach().square() < least * average).any())
+    least = max(DOUBTFUL, DOUBTFUL_ROUNDINGS * torch.finfo(x.dtype).eps, 2 * _noise(x, matrices))
+    return bool((norms.detach().square() < least * _average(x.detach(), matrices.detach())).any())
 
 
 class _Matrix(Function):
@@ -166,9 +163,7 @@ class _Norms(Function):
         columns = matrices.to(x.dtype).movedim(0, 1).flatten(1)
         products = multiply(x, columns).unflatten(-1, (matrices.shape[0], -1))
         squares = (products.to(matrices.dtype) * x[:, None]).sum(-1)
-        # of a type of 16 bits, roundings of single terms are not the largest error, but those of their sum
-        roundings = max(NOISE * torch.finfo(matrices.dtype).eps, torch.finfo(x.dtype).eps / x.shape[-1])
-        norms = squares.maximum(roundings * _largest(x, matrices)).sqrt()
+        norms = squares.maximum(_noise(x, matrices) * _average(x, matrices)).sqrt()
         ctx.save_for_backward(x, matrices, norms)
         return norms
 
@@ -183,7 +178,12 @@ class _Norms(Function):
         return d_x, d_matrices.to(matrices.dtype) / 2
 
 
-def _largest(x: Tensor, matrices: Tensor) -> Tensor:
-    """‖x‖²‖K‖² [rows, projections], an upper bound of r²."""
-    keys = matrices.diagonal(dim1=-2, dim2=-1).sum(-1)
+def _average(x: Tensor, matrices: Tensor) -> Tensor:
+    """r² of an average direction of x: ‖x‖²‖K‖²/d [rows, projections]. No r² is more than d times as large."""
+    keys = matrices.diagonal(dim1=-2, dim2=-1).mean(-1)
     return torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=matrices.dtype).square() * keys
+
+
+def _noise(x: Tensor, matrices: Tensor) -> float:
+    """The rounding error of r², as a share of `_average`: of its largest term, or in 16 bits of the sum of all."""
+    return max(NOISE * x.shape[-1] * torch.finfo(matrices.dtype).eps, torch.finfo(x.dtype).eps)

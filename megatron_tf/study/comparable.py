@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
+from megatron_tf.config.run_plan import evaluated_samples
 from megatron_tf.costs.estimate import flops_per_token
 from megatron_tf.errors import ConfigError
 from megatron_tf.study.plan import Node, Plan
@@ -97,7 +98,9 @@ def _other_problems(nodes: Sequence[Node]) -> Iterator[str]:
         "optimizer.schedule: the share of the rate that is left at the end": _end_of_schedule,
         "data.train": lambda node: [(source.path, source.weight) for source in node.config.data.train],
         "data.validation": lambda node: [(source.path, source.weight) for source in node.config.data.validation],
-        "evaluation.samples, in whole batches of training.global_batch_size": _evaluated,
+        "evaluation.samples, in whole batches of training.global_batch_size": lambda node: evaluated_samples(
+            node.config
+        ),
         "model.seq_length (of images: by model.image)": lambda node: node.config.model.seq_length,
         "data.tokenizer": lambda node: node.config.data.tokenizer,
         "model.task": lambda node: node.config.model.task,
@@ -109,12 +112,6 @@ def _other_problems(nodes: Sequence[Node]) -> Iterator[str]:
         if len(groups) > 1:
             named = "; ".join(f"{value} in {', '.join(names)}" for value, names in groups.items())
             yield f"{what} differs: {named}. {REMEDY}"
-
-
-def _evaluated(node: Node) -> int:
-    """The number of validation samples of an evaluation, which takes whole global batches."""
-    size = node.config.training.global_batch_size
-    return math.ceil(node.config.evaluation.samples / size) * size
 
 
 def _end_of_schedule(node: Node) -> str:

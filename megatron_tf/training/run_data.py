@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from megatron_tf.config.run_plan import evaluated_samples
 from megatron_tf.config.schema import RunConfig
 from megatron_tf.config.sections.data import DataSource
 from megatron_tf.data.loader import source_names
@@ -74,7 +75,6 @@ def open_loaders(run: Run, data: RunData) -> Loaders:
 
 def unseen_sources(run: Run, validation: Loader) -> list[str]:
     """Validation sources of which an evaluation takes no sample."""
-    names, size = source_names(run.config.data.validation), run.plan.batches.global_batch_size
-    taken = -(-run.config.evaluation.samples // size) * size
-    seen = {validation.source_of(sample) for sample in range(taken)}
+    names = source_names(run.config.data.validation)
+    seen = {validation.source_of(sample) for sample in range(evaluated_samples(run.config))}
     return [name for number, name in enumerate(names) if number not in seen]

@@ -332,8 +332,9 @@ static void mirror(float *c, long n) {
 }
 
 /* out[s] = alpha left[s] right[s] + beta total[s] for s < stack; left [n, depth], right [depth, width], or, if it is
-   transposed, [width, depth]. Out may be total. Alpha is not 0, and a beta of 0 ignores total. With `symmetric` half of the product is
-   made: the result is symmetric, and so is total, unless beta is 0. `packed` has memory for each thread. */
+   transposed, [width, depth]. Out may be total. Alpha is not 0, and a beta of 0 ignores total. With `symmetric` half of
+   the product is made: the result is symmetric, and so is total, unless beta is 0. `packed` has memory for each
+   thread. */
 void add_products(float *out, const float *total, const float *left, const float *right, long stack, long n,
                   long depth, long width, int transposed, int symmetric, float alpha, float beta, float *packed,
                   int threads) {
