@@ -222,7 +222,7 @@ def check_end(archive: tarfile.TarFile) -> None:
     rest: Any = archive.fileobj
     while piece := rest.read(READ_BYTES):
         if piece.strip(b"\0"):
-            raise BadRecord("broken", "data after the end of the archive, which are lost: perhaps another file was appended")
+            raise BadRecord("broken", "data after the end of the archive, which are lost: perhaps a file was appended")
 
 
 class StrictMember(tarfile.TarInfo):
