@@ -16,7 +16,13 @@ from pathlib import Path
 from typing import NoReturn
 
 from megatron_tf import open_files
-from megatron_tf.interrupt import INTERRUPTED_EXIT_CODE, end_by_exception
+from megatron_tf.interrupt import (
+    INTERRUPTED_EXIT_CODE,
+    TERMINATED_EXIT_CODE,
+    Terminated,
+    end_by_exception,
+    terminated_by_exception,
+)
 from megatron_tf.streams import discard, flush_or_discard, prepare_streams
 
 # Error numbers that only a disk can cause, never our code. When a write fails, they come without a file name.
@@ -265,11 +271,13 @@ def run_command(main: Callable[[], None]) -> None:
     - `UserError`: `error: <message>` on stderr, exit code 2. The same, as a last resort, for an OSError that names a
       file, concerns the disk, or says that too many files are open.
     - `LostContactError`: the same with exit code 69. `RunStopped`: its message, exit code 75.
-    - Ctrl-C: exit code 130, by a KeyboardInterrupt, so that `main` can clean up.
+    - Ctrl-C: exit code 130, by a KeyboardInterrupt, so that `main` can clean up. SIGTERM: the same, with a line
+      on stderr and exit code 143.
     - A reader that closed the pipe (`... | head`): exit code 1 and no message.
     - Everything else is our bug and keeps its traceback.
     """
-    _run(main, end_by_exception)
+    with terminated_by_exception():
+        _run(main, end_by_exception)
 
 
 def _run(main: Callable[[], None], prepare: Callable[[], None]) -> None:
@@ -286,11 +294,15 @@ def _run(main: Callable[[], None], prepare: Callable[[], None]) -> None:
     except RunStopped as stop:
         print(stop, file=sys.stderr)
         sys.exit(STOPPED_EXIT_CODE)
+    except Terminated:
+        _terminated()
     except KeyboardInterrupt:
         sys.exit(INTERRUPTED_EXIT_CODE)
     except ImportError as error:
-        if not _was_interrupted(error):
+        if not _was(KeyboardInterrupt, error):
             raise
+        if _was(Terminated, error):
+            _terminated()
         sys.exit(INTERRUPTED_EXIT_CODE)
     except BrokenPipeError:
         discard(sys.stdout)
@@ -342,7 +354,13 @@ def _ended(message: str) -> str:
     return message if is_item or message.endswith((".", "?", "!", ":")) else f"{message}."
 
 
-def _was_interrupted(error: BaseException) -> bool:
-    """Whether Ctrl-C caused `error`: extension modules turn it into an ImportError while they are imported."""
+def _terminated() -> NoReturn:
+    """Ends this process after SIGTERM. The interpreter's shutdown would wait for child processes without the signal."""
+    print("stopped by SIGTERM", file=sys.stderr)
+    exit_now(TERMINATED_EXIT_CODE)
+
+
+def _was(kind: type[KeyboardInterrupt], error: BaseException) -> bool:
+    """Whether `kind` caused `error`: extension modules turn it into an ImportError while they are imported."""
     causes = [cause for cause in (error.__cause__, error.__context__) if cause is not None]
-    return isinstance(error, KeyboardInterrupt) or any(map(_was_interrupted, causes))
+    return isinstance(error, kind) or any(_was(kind, cause) for cause in causes)

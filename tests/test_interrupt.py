@@ -91,3 +91,44 @@ def test_a_rank_ends_at_once_whatever_library_it_is_in():
 def test_a_handler_of_the_users_and_an_ignored_signal_are_left():
     assert handler_after("signal.signal(signal.SIGINT, signal.SIG_IGN); end_quietly()") == "1\n"  # SIG_IGN
     assert "divmod" in handler_after("signal.signal(signal.SIGINT, divmod); end_quietly()")
+
+
+TERMINATED = """
+import os, signal, sys, time
+from megatron_tf.errors import run_command
+
+def main():
+    read, write = os.pipe()
+    forked = os.fork()
+    if forked == 0:
+        os.write(write, b"!")
+        time.sleep(60)
+        os._exit(0)
+    os.read(read, 1)  # a signal that comes before the child has left os.fork is lost
+    os.kill(forked, signal.SIGTERM)
+    print("child", os.WTERMSIG(os.waitpid(forked, 0)[1]), flush=True)
+    try:
+        time.sleep(60)
+    finally:
+        print("cleaned up")
+
+run_command(main)
+"""
+
+
+def test_sigterm_lets_a_command_clean_up(tmp_path):
+    child = subprocess.Popen([sys.executable, "-c", TERMINATED], cwd=PROJECT, stdout=subprocess.PIPE,
+                             stderr=subprocess.PIPE, text=True)  # fmt: skip
+    assert child.stdout is not None and child.stdout.readline() == f"child {signal.SIGTERM:d}\n"
+    child.send_signal(signal.SIGTERM)
+    out, err = child.communicate(timeout=PATIENCE_SECONDS)
+    assert (child.returncode, out, err) == (143, "cleaned up\n", "stopped by SIGTERM\n")
+
+
+def test_a_handler_of_sigterm_of_the_users_is_left_and_ours_goes_with_the_command():
+    show = "import signal\nfrom megatron_tf.errors import run_command\ndef show(): print(signal.getsignal(15))\n"
+    for before, during in (("SIG_IGN", "1\n"), ("SIG_DFL", "<function")):
+        script = f"{show}signal.signal(15, signal.{before})\nrun_command(show)\nshow()"
+        done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, cwd=PROJECT)
+        first, last = done.stdout.splitlines(keepends=True)
+        assert first.startswith(during) and last == f"{getattr(signal, before):d}\n", done.stderr

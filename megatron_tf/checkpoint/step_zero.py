@@ -10,6 +10,7 @@ import secrets
 import shutil
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -73,6 +74,29 @@ def write_step_zero(
     `progress`: called with the bytes done so far and the tensor that is being written.
     Errors: CheckpointError, with nothing left behind.
     """
+    made = [folder for folder in (root, *root.parents) if not folder.exists()]
+    try:
+        clear_leftovers(root, report=_warn)
+        _check_space(root, checkpoint_bytes(model, start.states))
+        index, pieces = _contents(model, start, data, progress)
+        return save_checkpoint(root, pieces, index, rank=0, world_size=1, token=secrets.token_hex(4))
+    except CheckpointError as error:
+        if not isinstance(error.__cause__, OSError):
+            raise
+        remedy = write_remedy(error.__cause__, "Give another folder.")
+        raise CheckpointError(f"{error}. {remedy}") from error.__cause__
+    except KeyboardInterrupt:  # else many gigabytes would stay under a hidden name
+        clear_leftovers(root, report=_warn)
+        for folder in made:
+            with suppress(OSError):  # not empty, or never made
+                folder.rmdir()
+        raise
+
+
+def _contents(
+    model: Model, start: StepZero, data: Mapping[str, Any], progress: Callable[[int, str], None]
+) -> tuple[CheckpointIndex, list[ComputedPiece]]:
+    """The index of a checkpoint at step 0, and all of its state, computed when it is written."""
     table = parameter_table(model)
     index = CheckpointIndex(
         step=FIRST_STEP,
@@ -101,18 +125,7 @@ def write_step_zero(
         for name, spec in table.items()
         for state in start.states
     ]
-    try:
-        clear_leftovers(root, report=_warn)
-        _check_space(root, checkpoint_bytes(model, start.states))
-        return save_checkpoint(root, pieces, index, rank=0, world_size=1, token=secrets.token_hex(4))
-    except CheckpointError as error:
-        if not isinstance(error.__cause__, OSError):
-            raise
-        remedy = write_remedy(error.__cause__, "Give another folder.")
-        raise CheckpointError(f"{error}. {remedy}") from error.__cause__
-    except KeyboardInterrupt:  # else many gigabytes would stay under a hidden name
-        clear_leftovers(root, report=_warn)
-        raise
+    return index, pieces
 
 
 def write_weights(

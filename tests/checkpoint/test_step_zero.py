@@ -147,6 +147,7 @@ def test_leftovers_of_others_are_warned_of_and_in_nobodys_way(small, tmp_path, m
 def test_a_full_disk_is_said_before_anything_is_written(small, tmp_path, monkeypatch):
     usage = namedtuple("usage", "total used free")
     monkeypatch.setattr(step_zero.shutil, "disk_usage", lambda path: usage(10**6, 10**6 - 5, 5))
+    monkeypatch.setattr(step_zero, "_contents", None)  # that takes minutes for a million candidates
     start = grow(small, LARGE, GROWTH, seed=5, data=DATA)
     with pytest.raises(CheckpointError, match=f"takes {checkpoint_bytes(LARGE):,} bytes, and 5 are free there"):
         write_step_zero(tmp_path / "large", LARGE, start, DATA, lambda done, name: None)
@@ -159,7 +160,11 @@ def test_what_is_interrupted_leaves_nothing(small, tmp_path):
 
     start = grow(small, LARGE, GROWTH, seed=5, data=DATA)
     with pytest.raises(KeyboardInterrupt):
-        write_step_zero(tmp_path / "large", LARGE, start, DATA, interrupt)
+        write_step_zero(tmp_path / "large" / "checkpoints", LARGE, start, DATA, interrupt)
+    assert not (tmp_path / "large").exists()
+    (tmp_path / "large").mkdir()
+    with pytest.raises(KeyboardInterrupt):
+        write_step_zero(tmp_path / "large" / "checkpoints", LARGE, start, DATA, interrupt)
     assert list((tmp_path / "large").iterdir()) == []
 
 
