@@ -9,7 +9,7 @@ from collections.abc import Iterable
 def multiples_near(value: int, unit: int) -> list[int]:
     """The multiples of `unit` next to `value` on both sides, none below `unit`."""
     below = value // unit * unit
-    return [below, below + unit] if below else [unit]
+    return [below, below + unit] if below > 0 else [unit]
 
 
 def divisors(value: int) -> list[int]:

@@ -11,6 +11,7 @@ from megatron_tf.config.schema import RunConfig
 from megatron_tf.config.sections.growth import Growth
 from megatron_tf.config.sections.model import ParameterTokens
 from megatron_tf.config.tasks import task_of
+from megatron_tf.config.validate import validate
 from megatron_tf.costs.estimate import (
     flops_per_token,
     memory_per_rank,
@@ -18,6 +19,7 @@ from megatron_tf.costs.estimate import (
     num_used_parameters,
     parameters_per_rank,
 )
+from megatron_tf.errors import ConfigError
 from megatron_tf.state.lr_rule import in_words
 from megatron_tf.state.parameters import projections
 from megatron_tf.telemetry.text import count_of, of_which_used, size
@@ -103,7 +105,8 @@ def _rates_after_growth(config: RunConfig) -> Iterator[str]:
 
 
 def _scores(config: RunConfig, world_size: int, forms: Mapping[str, str]) -> str:
-    """What the norms of scores are computed from, and the activations with the other value of training.scores.
+    """What the norms of scores are computed from, and the activations with the other value of training.scores, if the
+    model can have it.
 
     `forms`: kind of projection -> "direct" or "gram".
     """
@@ -113,7 +116,12 @@ def _scores(config: RunConfig, world_size: int, forms: Mapping[str, str]) -> str
     scores = config.training.scores
     other = "recompute" if scores == "keep" else "keep"
     with_other = config.training.model_copy(update={"scores": other})
-    there = memory_per_rank(config.model_copy(update={"training": with_other}), world_size).activations
+    changed = config.model_copy(update={"training": with_other})
+    try:
+        validate(changed, world_size)
+    except ConfigError:
+        return f"{norms}; training.scores {scores}"
+    there = memory_per_rank(changed, world_size).activations
     return f"{norms}; training.scores {scores}, with {other} activations would be {size(there)}"
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,9 @@ from megatron_tf.checkpoint.kinds import CHECKPOINTS_FOLDER
 from megatron_tf.checkpoint.manager import (
     ALONE,
     Ranks,
+    find_checkpoint,
     find_latest,
+    from_first,
     verify_checkpoint,
 )
 from megatron_tf.checkpoint.moments import resolve_at
@@ -186,6 +189,7 @@ def choose(config: RunConfig, ranks: Ranks = ALONE) -> tuple[Path | None, list[s
             f"{own}: there are checkpoints of this run, but none that can be used:{reasons}\n"
             "Starting over would write over them. Restore one, or move them away, or choose another run.dir."
         )
+    unused = [f"{path}: not used: {reason}" for path, reason in passed]
     if latest is None and config.training.init_from is not None:
         latest = find_weights(config.training.init_from, ranks)
     for key, section in (("growth", config.growth), ("branch", config.branch)):
@@ -193,9 +197,11 @@ def choose(config: RunConfig, ranks: Ranks = ALONE) -> tuple[Path | None, list[s
             try:
                 latest = resolve_at(section.source, section.at, ranks)
                 verify_checkpoint(latest, ranks)
+                _, newer = from_first(partial(find_checkpoint, section.source), ranks)
             except CheckpointError as error:
                 raise CheckpointError(f"{key}.from: {error}") from error
-    return latest, [f"{path}: not used: {reason}" for path, reason in passed]
+            unused += [f"{key}.from: not used: {reason}" for reason in newer]
+    return latest, unused
 
 
 def first_stage_to_run(stages: Sequence[RunConfig], world_size: int) -> int:

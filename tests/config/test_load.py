@@ -254,6 +254,8 @@ def test_duplicate_key_is_reported_with_the_other_problems(small_path):
         ("model.num_layers=0", "model.num_layers: 0 is out of range. It must be at least 1."),
         ("deepspeed.zero_optimization.allgather_bucket_size=3",
          "deepspeed.zero_optimization.allgather_bucket_size: 3 is not a multiple of 2. Set it to 2 or 4."),
+        ("deepspeed.zero_optimization.allgather_bucket_size=-1",
+         "deepspeed.zero_optimization.allgather_bucket_size: -1 is not a multiple of 2. Set it to 2."),
         ("optimizer.lr=0", "optimizer.lr: 0 is out of range. It must be greater than 0."),
         ("optimizer.lr=.inf", "optimizer.lr: inf is out of range. It must be a finite number."),
         ("optimizer.lr=.nan", "optimizer.lr: nan is out of range. It must be a finite number."),

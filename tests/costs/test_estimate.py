@@ -158,6 +158,8 @@ def test_describe_says_where_norms_come_from_and_what_the_scores_take():
     assert "scores  norms of proj from the scores; norms of qkv, ffn from KᵀK;" in describe(fewer, 16)
     assert "scores  norms of qkv, proj, ffn from the scores;" in describe(config, 16, device="cpu")
     assert "scores" not in describe(load("transformer_124M"), 16)
+    sparse = describe(load("sparse_124M_to_762M"), 16).splitlines()[-1]  # it refuses training.scores=recompute
+    assert sparse == "scores  norms of qkv, proj, ffn from the scores; training.scores keep"
 
 
 def test_the_plan_says_when_fp8_is_slower_than_bf16():

@@ -203,3 +203,14 @@ def test_a_run_does_not_grow_from_its_own_folder_under_another_name(saved, confi
     own = config(run={"dir": str(tmp_path / "run")}, growth={"from": str(tmp_path / "other")})
     with pytest.raises(ConfigError, match="growth.from: .*other is this run's own folder"):
         validate(own, 1)
+
+
+@pytest.mark.parametrize("key", ["growth", "branch"])
+def test_a_newer_checkpoint_that_a_growth_passes_over_is_told(saved, config, tmp_path, key):
+    _, checkpoint = saved
+    newer = checkpoint.with_name("step_00000009")
+    newer.mkdir()
+    run = config(run={"dir": str(tmp_path / "next")}, **{key: {"from": str(tmp_path / "run")}})
+    found, unused = choose(run)
+    assert found == checkpoint
+    assert len(unused) == 1 and unused[0].startswith(f"{key}.from: not used: {newer}: has no manifest")

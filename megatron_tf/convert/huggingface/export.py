@@ -93,7 +93,9 @@ def new_folder(path: Path, network: TokenFormer) -> Iterator[Path]:
     needed = 4 * num_parameters(network.config) + _FILE_OVERHEAD_BYTES
     free = shutil.disk_usage(path.parent).free
     if free < needed:
-        raise CheckpointError(f"{path}: the export takes {needed:,} bytes, and {free:,} are free there. Make room")
+        raise CheckpointError(
+            f"{path}: the export takes up to {needed:,} bytes, and {free:,} are free there. Make room"
+        )
     with file_errors(CheckpointError, path, "Nothing was written."), atomic_folder(path) as folder:
         yield folder
 
