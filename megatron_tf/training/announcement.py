@@ -75,7 +75,10 @@ def _shorter_than_trained(config: RunConfig, start: Start) -> Iterator[str]:
 def _not_proved(start: Start) -> Iterator[str]:
     """A warning for a run that begins with a growth that a tool has done, if the smaller model is not there."""
     if start.missing_source:
-        yield f"growth: is not proved, because {start.missing_source}. Restore it at that path to have it proved"
+        yield (
+            f"growth: is not proved, because {start.missing_source}. Restore it at that path before the first step to "
+            "have it proved"
+        )
 
 
 def _clones_alike(start: Start) -> Iterator[str]:

@@ -74,8 +74,8 @@ def without_source(config: RunConfig, start: Start, why: str) -> Start:
     start = replace(start, grown_from=None, missing_source=why)
     if fits_routers(config, start):
         raise ConfigError(
-            f"growth.routers: clusters fits the routers of the split to the smaller model, and {why}. Restore it at "
-            "that path, or set growth.routers to random."
+            f"growth.routers: clusters fits the routers of the split to what the smaller model does, and {why}. "
+            "Restore it at that path, or set growth.routers to random, with which the growth is not proved."
         )
     return start
 

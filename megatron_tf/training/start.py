@@ -3,6 +3,7 @@ ones."""
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -29,7 +30,7 @@ from megatron_tf.config.run_plan import RunPlan, plan_batches, plan_run
 from megatron_tf.config.schema import RunConfig
 from megatron_tf.config.sections.model import Model
 from megatron_tf.costs.estimate import flops_per_token
-from megatron_tf.errors import CheckpointError, ConfigError, shortened
+from megatron_tf.errors import CheckpointError, ConfigError, DamagedError, shortened
 from megatron_tf.growth.grow import grow
 from megatron_tf.growth.layers import DEPTH_METHODS
 from megatron_tf.growth.methods import SPLIT
@@ -56,7 +57,7 @@ class Start:
     """Everything a run starts from.
 
     `grown_from`: the open source checkpoint of a growth that is not proved yet.  `missing_source`: why that of such a
-    growth cannot be opened; else empty.  `resumed`: from a checkpoint of its own.
+    growth cannot be opened, as a clause; else empty.  `resumed`: from a checkpoint of its own.
     `changes`: facts that have changed without a key of the configuration: [before, now] by name.
     """
 
@@ -321,10 +322,14 @@ def _unproved(index: CheckpointIndex) -> tuple[CheckpointReader | None, str]:
     model = stored_model(index)
     if entry["loss_before"] is not None or entry["to"] != _token_counts(model):
         return None, ""
+    source = Path(entry["source"])
     try:
-        return open_checkpoint(Path(entry["source"])), ""
+        return open_checkpoint(source), ""
     except CheckpointError as error:
-        return None, str(error)
+        if os.path.lexists(source):
+            reason = error.problem if isinstance(error, DamagedError) else error
+            return None, f"the smaller model's checkpoint cannot be read ({reason})"
+        return None, f"the smaller model's checkpoint {source} is not there"
 
 
 def _check_data(config: RunConfig, stored: Mapping[str, Any], data: Mapping[str, Any], path: Path) -> None:

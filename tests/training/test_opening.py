@@ -10,6 +10,7 @@ import torch
 import torch.distributed as dist
 from saving import saver_of
 
+from megatron_tf.checkpoint.format import INDEX_NAME
 from megatron_tf.checkpoint.reader import open_checkpoint
 from megatron_tf.checkpoint.step_zero import write_step_zero
 from megatron_tf.errors import ConfigError
@@ -102,12 +103,14 @@ def test_a_growth_by_a_tool_whose_smaller_model_is_gone(split_by_a_tool, tmp_pat
         assert start.grown_from is not None and not start.missing_source
     (tmp_path / "small").rename(tmp_path / "moved")
     message = (
-        "growth.routers: clusters fits .*, and .*/small/.*Restore it at that path, or set growth.routers to random"
+        "growth.routers: clusters fits .*, and the smaller model's checkpoint .*/small/.*step_00000000 is not there. "
+        "Restore it at that path, or set growth.routers to random"
     )
     with contextlib.ExitStack() as closing, pytest.raises(ConfigError, match=message):
         opened(split_by_a_tool, closing)
+    why = "the smaller model's checkpoint x/small/checkpoints/step_00000000 is not there"
     with pytest.raises(ConfigError, match=message):
-        without_source(split_by_a_tool, begin(split_by_a_tool, choose(split_by_a_tool)[0], {}), "/small/ is gone")
+        without_source(split_by_a_tool, begin(split_by_a_tool, choose(split_by_a_tool)[0], {}), why)
     growth = split_by_a_tool.growth.model_copy(update={"routers": "random"})
     with contextlib.ExitStack() as closing:
         found = opened(split_by_a_tool.model_copy(update={"growth": growth}), closing)
@@ -115,7 +118,21 @@ def test_a_growth_by_a_tool_whose_smaller_model_is_gone(split_by_a_tool, tmp_pat
         lines = list(lines_about(found.run.plan, found.start, found.told, [], data, "cpu"))
     assert found.start.grown_from is None
     warnings = [line.text for line in lines if line.is_warning]
-    assert any("growth: is not proved, because" in text and "/small/" in text for text in warnings), warnings
+    assert any(
+        "growth: is not proved, because the smaller model's checkpoint " in text
+        and "/small/" in text
+        and "is not there. Restore it at that path before the first step" in text
+        for text in warnings
+    ), warnings
+
+
+def test_a_growth_by_a_tool_whose_smaller_model_is_damaged(split_by_a_tool, tmp_path):
+    (tmp_path / "small" / "checkpoints" / "step_00000000" / INDEX_NAME).unlink()
+    message = (
+        r"and the smaller model's checkpoint cannot be read \(.*step_00000000: .* is missing\). Restore it at that path"
+    )
+    with contextlib.ExitStack() as closing, pytest.raises(ConfigError, match=message):
+        opened(split_by_a_tool, closing)
 
 
 def test_the_lock_is_taken_before_the_start_is_chosen(config, tmp_path, meanwhile):
