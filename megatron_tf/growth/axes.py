@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from megatron_tf.state.sources import StateSource
 
 PRUNE = "megatron_tf prune"  # the command that makes a model smaller, for messages
+GO_ON = "set branch instead of growth"  # how the same model goes on, for messages; a study has another word for it
 
 
 class Axis(ABC):

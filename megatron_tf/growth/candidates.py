@@ -6,22 +6,19 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
-from megatron_tf.architectures.tokenformer.section import Bank, suggested_bank, written
+from megatron_tf.architectures.tokenformer.section import Bank, suggested_bank, suggested_bank_next_to, written
 from megatron_tf.config.activations import ACTIVATIONS
 from megatron_tf.config.architectures import architecture_of
 from megatron_tf.config.differences import SPARSE, TOKENS, differing
 from megatron_tf.config.nearest import either, multiples_near
 from megatron_tf.config.sections.growth import Growth
 from megatron_tf.config.sections.model import Model
-from megatron_tf.growth.axes import PRUNE, Axis
+from megatron_tf.growth.axes import GO_ON, PRUNE, Axis
 from megatron_tf.growth.methods import BANK, SPLIT
 from megatron_tf.state.parameters import projections
 
 if TYPE_CHECKING:
     from megatron_tf.state.sources import StateSource
-
-# the end of a remedy, for who wants no candidates
-_WITHOUT = "growth.method to zero_key, which adds tokens; to go on with the same model, set branch instead of growth"
 
 
 class CandidatesAxis(Axis):
@@ -93,8 +90,9 @@ def _removed(old: Model, new: Model) -> Iterator[str]:
     for kind, bank in _banks(old).items():
         if kind not in after:
             yield (
-                f"model.sparse.{kind}: {_written(bank)} before, null after. Growth cannot take candidates away: set it "
-                f"to {_written(bank)}, or prune the smaller model first: {PRUNE} --candidates {kind}=1"
+                f"model.sparse.{kind}: {_written(bank)} before, null or one candidate after. Growth cannot take "
+                f"candidates away: set it to {_written(bank)}, or prune the smaller model first: {PRUNE} --candidates "
+                f"{kind}=1"
             )
         elif after[kind].candidates < bank.candidates:
             yield (
@@ -124,10 +122,10 @@ def _otherwise(key: str, before: Any) -> str:
     return f"adds slots that are like those of the smaller model: set it to {before}{copied}"
 
 
-def missing_candidates(model: Model, growth: Growth, tokens: int | None = None) -> list[str]:
+def missing_candidates(model: Model, growth: Growth, old: Model | None = None) -> list[str]:
     """A sentence when `growth` makes candidates and `model`, the bigger one, has none; empty otherwise.
 
-    `tokens`: the feed-forward tokens of the smaller model, where they are known.
+    `old`: the smaller model, where it is known.
     """
     if growth.method not in (SPLIT, BANK) or any(projection.bank for projection in projections(model).values()):
         return []
@@ -135,25 +133,48 @@ def missing_candidates(model: Model, growth: Growth, tokens: int | None = None) 
     if not counts:
         does = "copies parameter tokens to candidates" if growth.method == SPLIT else "adds parameter tokens"
         return [f"growth.method: {growth.method} {does}, and a {model.architecture} has none. Remove growth.method"]
+    none = "and the model has none, or one a slot."
     if growth.method == SPLIT:
         bank = suggested_bank(counts["ffn"])
-        remedy = f"Set model.sparse.ffn to {_written(bank)}, or" if bank else "Set"
-        return [
-            "growth.method: split copies tokens to candidates, and the model has none, or one a slot. "
-            f"{remedy} {_WITHOUT}"
-        ]
-    dense = counts["ffn"] if tokens is None else tokens
-    return [
-        f"growth.method: bank adds candidates to the {dense} tokens, and the model has none, or one a slot. Set "
-        f"model.sparse.ffn to {{group_size: 256, candidates: 4, dense: {dense}}} and model.parameter_tokens.ffn to "
-        f"{dense + 256}, or {_WITHOUT}"
-    ]
+        remedy = _remedy(f"model.sparse.ffn to {_written(bank)}" if bank else "", old, model)
+        return [f"growth.method: split copies tokens to candidates, {none} {remedy}"]
+    if old is None:
+        remedy = (
+            "model.sparse.ffn to {group_size: G, candidates: 4, dense: D}, where D is the smaller model's tokens and G "
+            f"a multiple of 16 that divides the rest of model.parameter_tokens.ffn {counts['ffn']}"
+        )
+        return [f"growth.method: bank adds candidates to the tokens, {none} {_remedy(remedy, old, model)}"]
+    before = architecture_of(old).token_counts(old)
+    raised = [kind for kind in counts if counts[kind] > before[kind] and growth.method_of(kind) == BANK] or ["ffn"]
+    tokens = " and ".join(f"{before[kind]} {kind}" for kind in raised)
+    remedy = " and ".join(_bank_next_to(kind, before[kind], counts[kind]) for kind in raised)
+    return [f"growth.method: bank adds candidates to the {tokens} tokens, {none} {_remedy(remedy, old, model)}"]
+
+
+def _bank_next_to(kind: str, before: int, after: int) -> str:
+    """A remedy: the values of keys with which candidates are next to the `before` tokens of the smaller model."""
+    bank, used = suggested_bank_next_to(before, after)
+    count = f" and model.parameter_tokens.{kind} to {used}" if used != after else ""
+    return f"model.sparse.{kind} to {_written(bank)}{count}"
+
+
+def _remedy(candidates: str, old: Model | None, new: Model) -> str:
+    """What to set for candidates, and what for none. `candidates`: keys and values; "" where none can be."""
+    is_same = old is not None and not any(differing(old, new))
+    settings = [candidates] if candidates else []
+    if not is_same:
+        settings.append("growth.method to zero_key, which adds tokens or layers")
+    ways = [f"set {', or '.join(settings)}"] if settings else []
+    if is_same or old is None:
+        ways.append(f"to go on with the same model, {GO_ON}")
+    text = "; ".join(ways)
+    return text[0].upper() + text[1:]
 
 
 def _split_problems(old: Model, new: Model, growth: Growth, changed: list[tuple[str, Any, Any]]) -> list[str]:
     """Why `old` cannot be split into `new`, unless `new` has candidates of the tokens, or more of the candidates, that
     `old` has."""
-    problems = missing_candidates(new, growth)
+    problems = missing_candidates(new, growth, old)
     for key, before, after in differing(old, new):
         if key.startswith(TOKENS):
             problems.append(
@@ -177,15 +198,25 @@ def _split_problems(old: Model, new: Model, growth: Growth, changed: list[tuple[
     if not problems and not changed:
         problems.append(
             "growth.method: split makes candidates, and the smaller model has those of model.sparse already. Raise "
-            "model.sparse.ffn.candidates, set the method to zero_key to add tokens or layers, or go on without growth"
+            f"{either(f'model.sparse.{kind}.candidates' for kind in _banks(new))}, set the method to zero_key to add "
+            f"tokens or layers, or, to go on with the same model, {GO_ON}"
         )
     return problems
+
+
+def _whole_slots(kind: str, before: int, after: int, group_size: int) -> str:
+    """What else to set so that the tokens beyond the `before` dense ones make whole slots; "" where they do."""
+    more = max(after - before, 0)
+    if more and more % group_size == 0:
+        return ""
+    counts = either(before + count for count in multiples_near(more, group_size))
+    return f", and model.parameter_tokens.{kind} to {counts}"
 
 
 def _bank_problems(old: Model, new: Model, growth: Growth) -> list[str]:
     """Why `old` cannot get banks as `new` has them, unless `old` has none, and all its tokens stay in use."""
     before, after = (architecture_of(model).token_counts(model) for model in (old, new))
-    if missing := missing_candidates(new, growth, before.get("ffn")):
+    if missing := missing_candidates(new, growth, old):
         return missing
     banks = {projection.kind: projection for projection in projections(new).values() if projection.bank}
     if any(projection.bank for projection in projections(old).values()):
@@ -198,10 +229,12 @@ def _bank_problems(old: Model, new: Model, growth: Growth) -> list[str]:
         assert projection.bank is not None
         dense = after[kind] - projection.bank.used_tokens
         if dense != before[kind]:
+            split = "; or set growth.method to split, which makes candidates of the tokens"
             problems.append(
                 f"model.sparse.{kind}.dense: {dense}, and the smaller model has {before[kind]} {kind} tokens, which "
-                f"stay in use at every position. Set it to {before[kind]}, and model.parameter_tokens.{kind} to that "
-                "and whole slots more; or set growth.method to split, which makes candidates of the tokens"
+                f"stay in use at every position. Set it to {before[kind]}"
+                f"{_whole_slots(kind, before[kind], after[kind], projection.bank.group_size)}"
+                f"{split if after[kind] == before[kind] else ''}"
             )
         if not ACTIVATIONS[projection.activation].ignores_zero:
             problems.append(
@@ -215,9 +248,11 @@ def _bank_problems(old: Model, new: Model, growth: Growth) -> list[str]:
                 f"growth.methods.{kind} out"
             )
     problems += [
-        f"model.parameter_tokens.{kind}: {before[kind]} before, {after[kind]} after, and model.sparse has no {kind}. "
-        f"Set growth.methods.{kind} to zero_key"
+        f"model.parameter_tokens.{kind}: {before[kind]} before, {after[kind]} after, and model.sparse.{kind} is null "
+        "or has one candidate, which leaves nothing to choose. Set "
+        f"{_bank_next_to(kind, before[kind], after[kind])}, or growth.methods.{kind} to zero_key"
         for kind in before
-        if kind not in banks and after[kind] != before[kind] and growth.method_of(kind) == BANK
+        # fewer tokens are the problem of another axis
+        if kind not in banks and after[kind] > before[kind] and growth.method_of(kind) == BANK
     ]
     return list(dict.fromkeys(problems))

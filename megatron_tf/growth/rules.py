@@ -10,7 +10,7 @@ from megatron_tf.config.schema import RunConfig
 from megatron_tf.config.sections.growth import Growth
 from megatron_tf.config.sections.model import Model
 from megatron_tf.errors import ConfigError
-from megatron_tf.growth.axes import axes, steps
+from megatron_tf.growth.axes import GO_ON, axes, steps
 from megatron_tf.state.parameters import initial_scales
 
 DEFAULTS = Growth(source="anywhere")
@@ -94,7 +94,7 @@ def _needless(old: Model, new: Model, growth: Growth) -> list[str]:
             counts = ", ".join(f"{kind}: {count}" for kind, count in tokens.items())
             sizes = {"model.parameter_tokens": f"{{{counts}}}", **sizes}
         given = " and ".join(f"{key} {value}" for key, value in sizes.items())
-        return [f"growth: the smaller model has {given} already. Raise {' or '.join(sizes)}, or go on without growth"]
+        return [f"growth: the smaller model has {given} already. Raise {' or '.join(sizes)}, or {GO_ON}"]
     if growth.moments_factor != 1 and growth.moments == "reset":
         return [
             f"growth.moments_factor: {growth.moments_factor:g} is of moments that are kept, and growth.moments is "

@@ -20,6 +20,7 @@ from megatron_tf.config.sections.growth import Moment
 from megatron_tf.config.validate import validate
 from megatron_tf.costs.estimate import flops_per_token, num_parameters
 from megatron_tf.errors import ConfigError
+from megatron_tf.growth.axes import GO_ON
 from megatron_tf.growth.rules import chain_problems
 from megatron_tf.paths import literal
 from megatron_tf.shipped import find_configuration
@@ -220,7 +221,8 @@ def _node(
             "training.stop_when: would end a run before its budget, which arms are compared at. Set it to null."
         )
     if parent is not None and arm.by == "growth" and (problems := chain_problems([*_lineage(parent), config])):
-        raise ConfigError(problems)
+        # an arm has no section `branch`
+        raise ConfigError([problem.replace(GO_ON, "set by: branch") for problem in problems])
     end = _advance(begin, plan_batches(config, study.ranks).train_steps, config)
     if end.step <= begin.step:
         raise ConfigError(

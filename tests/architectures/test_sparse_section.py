@@ -57,7 +57,22 @@ def test_with_one_candidate_a_projection_is_dense(tmp_path: Path):
         (
             {"ffn": 70},
             r"model.parameter_tokens.ffn: 70, of which model.sparse.ffn.dense 5 are used by every position; the other "
-            r"65 are no whole slots of model.sparse.ffn.group_size 16 tokens. Set it to 69 or 85.",
+            r"65 are no whole slots of model.sparse.ffn.group_size 16 tokens. Set "
+            r"model.sparse.ffn.dense to 6, or model.parameter_tokens.ffn to 69 or 85.",
+        ),
+        (
+            {"ffn": 64, "bank": {"group_size": 16, "candidates": 3, "dense": 17}},
+            "the other 47 are no whole slots of .* Set model.sparse.ffn.dense to 16 or 32, or "
+            "model.parameter_tokens.ffn to 49 or 65.$",
+        ),
+        (
+            {"ffn": 64, "bank": {"group_size": 16, "candidates": 3, "dense": 65}},
+            "which leaves none .* Set model.sparse.ffn.dense to 48, or model.parameter_tokens.ffn to 81.$",
+        ),
+        (
+            {"ffn": 96, "bank": {"group_size": 64, "candidates": 3}},
+            "the other 96 are no whole slots .* Set model.sparse.ffn.dense to 32, or model.sparse.ffn.group_size to "
+            "16, 32, 48 or 96, or model.parameter_tokens.ffn to 64 or 128.$",
         ),
         (
             {"ffn": 5},
@@ -111,7 +126,7 @@ def test_a_section_without_a_bank_and_slots_of_each_projection():
     bank = {"group_size": 16, "candidates": 2}
     for kind in ("qkv", "proj"):
         wrong = run_config(model={"parameter_tokens": {**TOKENS, kind: 24}, "sparse": {kind: bank}})
-        with pytest.raises(ConfigError, match=rf"model.parameter_tokens.{kind}: 24, of which .* Set it to 16 or 32"):
+        with pytest.raises(ConfigError, match=rf"model.parameter_tokens.{kind}: 24, of which .* to 16 or 32.$"):
             validate(wrong, 1)
 
 

@@ -276,6 +276,8 @@ def test_a_growth_is_checked_against_its_parent_where_that_is_here(tmp_path):
     assert away["growth"].endswith("no checkpoint can be read here: whether it can grow was not checked")
     (problem,) = summary("model.sparse=null")["problems"]  # needs no parent to be known
     assert "split copies tokens to candidates, and the model has none, or one a slot." in problem
+    (problem,) = summary("model.sparse=null", "growth.method=bank")["problems"]
+    assert "where D is the smaller model's tokens and G a multiple of 16" in problem
     small = load("tiny").model
     start = StepZero(InitialSource(small, 3), 0, 0, ())
     path = write_step_zero(tmp_path / "small" / "checkpoints", small, start, {}, lambda done, text: None)

@@ -6,6 +6,7 @@ import pytest
 import torch
 from tiny import run_config
 
+from megatron_tf.architectures.tokenformer.section import bank_problems, suggested_bank_next_to
 from megatron_tf.config.sections.growth import Growth, GrowthMethods
 from megatron_tf.config.sections.model import Model
 from megatron_tf.errors import ConfigError
@@ -119,24 +120,35 @@ def test_what_cannot_be_is_said_before():
     assert growth_problems(small, large, bank) == []
     for old, new, growth, message in (
         (small, model(tokens={"ffn": 69}), bank,
-         "growth.method: bank adds candidates to the 37 tokens, and the model has none, or one a slot. Set "
-         "model.sparse.ffn to {group_size: 256, candidates: 4, dense: 37} and model.parameter_tokens.ffn to 293, or "
-         "growth.method to zero_key, which adds tokens; to go on with the same model, set branch instead of growth."),
+         "growth.method: bank adds candidates to the 37 ffn tokens, and the model has none, or one a slot. Set "
+         "model.sparse.ffn to {group_size: 16, candidates: 4, dense: 37}, or growth.method to zero_key, which adds "
+         "tokens or layers."),
+        (small, model(tokens={"qkv": 33, "ffn": 69}), bank,
+         "adds candidates to the 13 qkv and 37 ffn tokens, and the model has none, or one a slot. Set model.sparse.qkv "
+         "to {group_size: 16, candidates: 4, dense: 13} and model.parameter_tokens.qkv to 45 and model.sparse.ffn to "
+         "{group_size: 16, candidates: 4, dense: 37}, or growth.method to zero_key"),
+        (small, small, bank,
+         "Set model.sparse.ffn to {group_size: 16, candidates: 4, dense: 37} and model.parameter_tokens.ffn to 53; to "
+         "go on with the same model, set branch instead of growth."),
+        (small, model({**BANK, "candidates": 1}), bank,
+         "Set model.sparse.ffn to {group_size: 16, candidates: 4, dense: 37}, or growth.method to zero_key"),
         (large, model({**BANK, "candidates": 6}), bank,
          "growth.method: bank begins with a dense model, and the smaller one has model.sparse already. Set it to "
          "zero_key to add slots"),
         (large, model(BANK, tokens={"ffn": 85}), bank, "growth.method: bank begins with a dense model"),
         (small, model({**BANK, "dense": 21}, tokens={"ffn": 37}), bank,
          "model.sparse.ffn.dense: 21, and the smaller model has 37 ffn tokens, which stay in use at every position. "
-         "Set it to 37, and model.parameter_tokens.ffn to that and whole slots more"),
+         "Set it to 37, and model.parameter_tokens.ffn to 53; or set growth.method to split, which makes candidates"),
+        (small, model({**BANK, "dense": 21}), bank, "at every position. Set it to 37."),
         (model(activation="softmax"), model(BANK, activation="softmax"), bank,
          "bank cannot keep the function of a softmax model: a zero key has the weight exp(0) = 1, not 0. Set it to "
          "split"),
         (small, large, bank.model_copy(update={"methods": ffn_gram}),
          "growth.methods.ffn: gram, and growth.method bank"),
         (small, model(BANK, tokens={"qkv": 20}), bank,
-         "model.parameter_tokens.qkv: 13 before, 20 after, and model.sparse has no qkv. Set growth.methods.qkv to "
-         "zero_key"),
+         "model.parameter_tokens.qkv: 13 before, 20 after, and model.sparse.qkv is null or has one candidate, which "
+         "leaves nothing to choose. Set model.sparse.qkv to {group_size: 16, candidates: 4, dense: 13} and "
+         "model.parameter_tokens.qkv to 29, or growth.methods.qkv to zero_key."),
         (small, large, Growth(source="x"), "or to bank, which puts candidates next to them"),
     ):  # fmt: skip
         problems = growth_problems(old, new, growth)
@@ -145,6 +157,14 @@ def test_what_cannot_be_is_said_before():
         GrownSource(
             moments(small), moments(large), old_model=small, new_model=model(tokens={"ffn": 69}), growth=bank, seed=1
         )
+
+
+@pytest.mark.parametrize("after", [30, 37, 38, 53, 60, 69, 85, 600])
+def test_the_bank_that_a_message_names_is_one_that_can_grow(after):
+    bank, used = suggested_bank_next_to(37, after)
+    assert used >= after and (used == after) == (after > 37 and (after - 37) % 16 == 0)
+    new = model(bank.model_dump(), tokens={"ffn": used})
+    assert growth_problems(model(), new, Growth(source="x", method="bank")) == [] == list(bank_problems(new))
 
 
 def test_a_bank_in_a_chain_is_split_and_gets_more_slots():

@@ -247,8 +247,10 @@ def test_what_cannot_be_split_is_said_before():
     for old, new, method, message in (
         (small, small, "split",
          "split copies tokens to candidates, and the model has none, or one a slot. Set model.sparse.ffn to "
-         "{group_size: 32, candidates: 4, dense: 5}, or growth.method to zero_key, which adds tokens; to go on with "
-         "the same model, set branch instead of growth."),
+         "{group_size: 32, candidates: 4, dense: 5}; to go on with the same model, set branch instead of growth."),
+        (small, model(parameter_tokens={**TOKENS, "qkv": 20}), "split",
+         "Set model.sparse.ffn to {group_size: 32, candidates: 4, dense: 5}, or growth.method to zero_key, which adds "
+         "tokens or layers."),
         (small, model(BANK, parameter_tokens={**TOKENS, "qkv": 20}), "split",
          "model.parameter_tokens.qkv: 13 before, 20 after. split changes model.sparse, and no token counts"),
         (large, model({**BANK, "candidates": 8}), "split",
@@ -264,15 +266,17 @@ def test_what_cannot_be_split_is_said_before():
          "size: set it to 16, or split the dense model that they come from."),
         (large, model({**BANK, "dense": 21, "candidates": 6}), "split", "model.sparse.ffn.dense: 5 before, 21 after."),
         (large, small, "split",
-         "model.sparse.ffn: {group_size: 16, candidates: 3, dense: 5} before, null after. Growth cannot take "
-         "candidates away: "
+         "model.sparse.ffn: {group_size: 16, candidates: 3, dense: 5} before, null or one candidate after. Growth "
+         "cannot take candidates away: "
          "set it to {group_size: 16, candidates: 3, dense: 5}, or prune the smaller model first: megatron_tf prune "
          "--candidates ffn=1."),
-        (large, small, "zero_key", "null after. Growth cannot take candidates away"),
+        (large, small, "zero_key", "null or one candidate after. Growth cannot take candidates away"),
         (large, model(BANK, parameter_tokens={**TOKENS, "qkv": 10}), "zero_key",
          "model.parameter_tokens.qkv: 13 before, 10 after. Growth cannot take tokens away: set it to 13, or prune the "
          "smaller model first: megatron_tf prune --tokens qkv=10."),
-        (large, large, "split", "the smaller model has those of model.sparse already"),
+        (large, large, "split",
+         "the smaller model has those of model.sparse already. Raise model.sparse.ffn.candidates, set the method to "
+         "zero_key to add tokens or layers, or, to go on with the same model, set branch instead of growth."),
         (small, large, "zero_key", "model.sparse.ffn: null before, {group_size: 16, candidates: 3, dense: 5} after."),
         (small, large, "zero_key",
          "Growth by zero_key makes no candidates: set growth.method to split, which copies tokens to candidates, or to "

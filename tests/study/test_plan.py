@@ -104,6 +104,10 @@ def test_a_chain_inherits_from_the_stage_before(study):
         ({"arms": {"grown": {"decay": 0.95}}}, "arm grown: decay: 0.95 of 2e+07 flops makes"),
         ({"arms": {"grown": {"overrides": {"growth": {"from": "x"}}}}}, "arm grown: growth.from: x, but an arm starts"),
         ({"arms": {"grown": {"overrides": {}}}}, "the smaller model has model.parameter_tokens"),
+        (
+            {"arms": {"grown": {"overrides": {"growth": {"method": "split"}}}}},
+            "candidates: 4}; to go on with the same model, set by: branch.",
+        ),
         ({"arms": {"grown": {"parent": None}}}, "arm grown: growth: is given, but the arm has no parent"),
         (
             {"arms": {"small": {"sweep": {"key": "optimizer.lrr", "values": [1.0, 2.0]}}}},

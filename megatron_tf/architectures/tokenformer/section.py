@@ -112,6 +112,18 @@ def suggested_bank(used: int) -> Bank | None:
     return Bank(group_size=sizes[-1], candidates=4, dense=dense) if sizes else None
 
 
+def suggested_bank_next_to(dense: int, used: int) -> tuple[Bank, int]:
+    """A bank next to `dense` tokens that every position uses, and the tokens that a position then uses in all: `used`
+    where those beyond `dense` make whole slots, else the next number with which they do."""
+    new = -(-max(used - dense, 0) // 16) * 16
+    if not new:
+        bank = suggested_bank(dense)
+        new = bank.group_size if bank else 16
+    bank = suggested_bank(new)
+    assert bank is not None  # a multiple of 16 makes slots
+    return bank.model_copy(update={"dense": dense}), dense + new
+
+
 def bank_problems(model: TokenFormerModel) -> Iterator[str]:
     """Sentences on banks whose tokens do not fill whole slots, and on a section without a bank."""
     if model.sparse is not None and not model.sparse.banks():
@@ -132,13 +144,18 @@ def bank_problems(model: TokenFormerModel) -> Iterator[str]:
                 f"{bank.dense + size}."
             )
         elif in_slots < size or in_slots % size:
+            ways = []
+            # a split keeps the counts of the smaller model, so other counts come last
+            if denser := [used - count for count in reversed(multiples_near(in_slots, size)) if count <= used]:
+                ways.append(f"model.sparse.{kind}.dense to {either(denser)}")
+            if sizes := [count for count in divisors(in_slots) if count % 16 == 0]:
+                ways.append(f"model.sparse.{kind}.group_size to {either(sizes)}")
             counts = either(bank.dense + count for count in multiples_near(in_slots, size))
-            sizes = [count for count in divisors(in_slots) if count % 16 == 0]
-            others = f", or model.sparse.{kind}.group_size to {either(sizes)}" if sizes else ""
+            ways.append(f"model.parameter_tokens.{kind} to {counts}")
             yield (
                 f"model.parameter_tokens.{kind}: {used}, of which model.sparse.{kind}.dense {bank.dense} are used by "
                 f"every position; the other {in_slots} are no whole slots of model.sparse.{kind}.group_size {size} "
-                f"tokens. Set it to {counts}{others}."
+                f"tokens. Set {', or '.join(ways)}."
             )
 
 
