@@ -27,7 +27,7 @@ from megatron_tf.durable import atomic_path, prepare_output, sync_folder
 from megatron_tf.errors import CheckpointError, file_errors
 from megatron_tf.model.tokenformer import TokenFormer
 from megatron_tf.state.optimizer_states import WEIGHT
-from megatron_tf.state.parameters import initial_scales, parameter_table
+from megatron_tf.state.parameters import candidate_counts, initial_scales, parameter_table
 from megatron_tf.tasks.language_model.section import vocab_size_of
 from megatron_tf.telemetry.text import bullets
 
@@ -42,6 +42,12 @@ def matching_model(weights: OfficialWeights, given: Model | None) -> tuple[Model
     that are not finite; ConfigError when the model is not valid.
     """
     if given is not None:
+        if counts := candidate_counts(given):
+            several = ", ".join(f"{kind} {count}" for kind, count in counts.items())
+            raise CheckpointError(
+                f"model.sparse: has {several} candidates a slot, and official weights have 1. Give a configuration "
+                "without model.sparse; then grow its run into this model, with growth.method split"
+            )
         check_format(given, "official", "read from official weights")
         check_model(given)
     model, origin = (given, "as configured") if given is not None else known_model(weights.shapes, weights.arguments)

@@ -8,6 +8,7 @@ block for a few samples, and one number for each token.
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -63,7 +64,7 @@ def target_counts(text: str, old: Mapping[str, int], option: str = "--tokens") -
         kind, _, number = (piece.strip() for piece in part.partition("="))
         if option == "--candidates" and kind in ParameterTokens.model_fields and kind not in counts:
             problems.append(f"{option}: {kind} has no candidates in this model. Choose {either(counts)}.")
-        elif kind not in counts or not (number.isascii() and number.isdigit()):
+        elif kind not in counts or not re.fullmatch(r"-?[0-9]+", number):
             problems.append(f"{option}: {part!r} is not KIND=N with a KIND of {', '.join(counts)}.")
         elif kind in given:
             problems.append(f"{option}: names {kind} twice.")

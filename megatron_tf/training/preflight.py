@@ -8,6 +8,7 @@ from collections.abc import Iterator, Sequence
 import torch
 
 from megatron_tf.config.machine import machine_problems
+from megatron_tf.config.nearest import either
 from megatron_tf.config.schema import RunConfig
 from megatron_tf.config.validate import validate
 from megatron_tf.costs.estimate import memory_per_rank
@@ -16,6 +17,7 @@ from megatron_tf.engine.device import accelerator_problems, engine_problems, pre
 from megatron_tf.errors import ConfigError
 from megatron_tf.growth.rules import chain_problems
 from megatron_tf.runtime.environment import LaunchEnvironment
+from megatron_tf.state.parameters import candidate_counts
 
 GIB = 2**30
 # Activations are an estimate, which may be off by this factor.
@@ -52,12 +54,13 @@ def memory_problems(config: RunConfig, world_size: int, available: int) -> Itera
     `world_size`."""
     memory = memory_per_rank(config, world_size)
     state = memory.weights + memory.gradients + memory.optimizer
+    candidates = [f"model.sparse.{kind}.candidates" for kind in candidate_counts(config.model)]
     if state > available or memory.total > MARGIN * available:
         yield (
             f"model: a rank needs about {memory.total / GIB:,.1f} GiB ({state / GIB:,.1f} GiB for weights, gradients "
             f"and optimizer, {memory.activations / GIB:,.1f} GiB for activations), but it has {available / GIB:,.1f} "
-            "GiB. Raise parallel.tensor or parallel.pipeline with more ranks, lower training.micro_batch_size, or make "
-            "the model smaller."
+            "GiB. Raise parallel.tensor or parallel.pipeline with more ranks, lower "
+            f"{either(['training.micro_batch_size', *candidates])}, or make the model smaller."
         )
 
 

@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from sparse_models import with_bank
 
 from megatron_tf.checkpoint.architecture import check_same_architecture
 from megatron_tf.checkpoint.load import load_logical
@@ -105,6 +106,15 @@ def test_weights_of_another_model_are_refused(model, weights):
     weights["sequential.5.norm.bias"][3] = float("nan")
     with pytest.raises(CheckpointError, match="sequential.5.norm.bias: holds values that are infinite or no numbers"):
         matching_model(OfficialWeights(weights, (), ""), model)
+
+
+def test_a_model_with_candidates_is_refused_with_a_way_to_it(weights):
+    message = (
+        "^model.sparse: has ffn 3 candidates a slot, and official weights have 1. Give a configuration without "
+        "model.sparse; then grow its run into this model, with growth.method split$"
+    )
+    with pytest.raises(CheckpointError, match=message):
+        matching_model(OfficialWeights(weights, (), ""), with_bank().model)
 
 
 def test_logits_of_the_official_code_are_met(golden_model):

@@ -154,3 +154,11 @@ def test_a_model_that_diverged_is_refused():
 def test_a_kind_without_candidates_is_named():
     with pytest.raises(UserError, match="--candidates: qkv has no candidates in this model. Choose ffn or proj."):
         target_counts("qkv=1", {"ffn": 4, "proj": 4}, "--candidates")
+
+
+def test_numbers_that_are_too_small_are_answered_alike():
+    for number in (-1, 0):
+        with pytest.raises(UserError, match=f"--candidates: ffn is {number}, the checkpoint has 16. Choose 1 to 15"):
+            target_counts(f"ffn={number}", {"ffn": 16}, "--candidates")
+    with pytest.raises(UserError, match="'ffn=--1' is not KIND=N"):
+        target_counts("ffn=--1", {"ffn": 16}, "--candidates")

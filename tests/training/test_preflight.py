@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+from sparse_models import with_bank
 
 from megatron_tf.errors import ConfigError
 from megatron_tf.runtime.environment import LaunchEnvironment
@@ -64,3 +65,6 @@ def test_memory(good):
     large = good.model_copy(update={"model": good.model.model_copy(update={"hidden_size": 2**30, "vocab_size": 2**30})})
     (problem,) = memory_problems(large, 1, 80 * 2**30)
     assert "but it has 80.0 GiB. Raise parallel.tensor or parallel.pipeline" in problem
+    assert problem.endswith("lower training.micro_batch_size, or make the model smaller.")
+    (problem,) = memory_problems(with_bank(), 1, 2**10)
+    assert "lower training.micro_batch_size or model.sparse.ffn.candidates, or make the model smaller." in problem
