@@ -106,8 +106,9 @@ def main():
         os._exit(0)
     os.read(read, 1)  # a signal that comes before the child has left os.fork is lost
     os.kill(forked, signal.SIGTERM)
-    print("child", os.WTERMSIG(os.waitpid(forked, 0)[1]), flush=True)
+    how = os.WTERMSIG(os.waitpid(forked, 0)[1])
     try:
+        print("child", how, flush=True)  # from here on the parent sends its signal
         time.sleep(60)
     finally:
         print("cleaned up")
